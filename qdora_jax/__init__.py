@@ -1,0 +1,38 @@
+"""LoRA, DoRA, QLoRA and QDoRA fine-tuning as pure functions over Flax trees."""
+
+from qdora_jax import nf4
+from qdora_jax.dora import DoraWeight
+from qdora_jax.linear import linear, materialize
+from qdora_jax.lora import LoraWeight
+from qdora_jax.nf4 import NF4Array
+from qdora_jax.transforms import (
+  Adapter,
+  AdapterSpec,
+  QuantSpec,
+  adapted_norms,
+  attach,
+  freeze,
+  init_adapter,
+  merge,
+  norms,
+  quantize,
+)
+
+__all__ = [
+  'Adapter',
+  'AdapterSpec',
+  'DoraWeight',
+  'LoraWeight',
+  'NF4Array',
+  'QuantSpec',
+  'adapted_norms',
+  'attach',
+  'freeze',
+  'init_adapter',
+  'linear',
+  'materialize',
+  'merge',
+  'nf4',
+  'norms',
+  'quantize',
+]

@@ -1,0 +1,145 @@
+"""The seam: the only code that asks what a weight leaf is.
+
+A weight may be a plain array, an NF4Array, a LoraWeight or a DoraWeight, the
+latter two over either of the former. Models call `linear(x, w)` and never know.
+
+Training over a 4-bit base must not keep the dense weight alive between forward
+and backward. Automatic differentiation would (the product's derivative needs
+it), so the product with an NF4Array has its own derivative: its residual is the
+packed weight, which is dequantized once in the forward pass, once in the
+backward pass and dropped in between. All products that one use needs - the
+tokens', the dropped tokens', the norm's A^T - share that dequantization.
+Under FSDP the packed arrays are gathered at the same two places, so that four
+bits travel and the residual stays sharded.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qdora_jax import dora, lora, nf4
+from qdora_jax.dora import DoraWeight
+from qdora_jax.lora import LoraWeight
+from qdora_jax.nf4 import NF4Array
+
+
+def linear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
+  """x @ w + bias for any weight leaf, in x's dtype.
+
+  Args:
+    x: inputs [..., I]; their dtype is the compute dtype.
+    w: array, NF4Array, LoraWeight or DoraWeight of shape [I, O].
+    bias: [O]; never scaled by DoRA.
+
+  Returns:
+    [..., O] in x's dtype.
+
+  Example:
+    >>> w = nf4.quantize(jax.random.normal(key, (64, 32)))
+    >>> linear(jnp.ones((5, 64)), w).shape
+    (5, 32)
+  """
+
+  if isinstance(w, DoraWeight):
+    y = dora.apply(x, w, *_readers(w.base, x.dtype))
+  elif isinstance(w, LoraWeight):
+    y = lora.apply(x, w, _readers(w.base, x.dtype)[0])
+  else:
+    (y,) = _products((x,), w, x.dtype)
+  return (
+    y if bias is None else y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
+  )
+
+
+def norm(w: DoraWeight) -> jax.Array:
+  """||V|| of one layer's DoraWeight at its present A and B, f32 [O]."""
+  products, dense = _readers(w.base, jnp.float32)
+  rows = dora.norm_rows(w)
+  return dora.norm(w, products(*rows)[0] if rows else None, dense)
+
+
+def materialize(w: Any, dtype: jnp.dtype | None = None) -> jax.Array:
+  """The plain array [..., I, O] that a leaf stands for.
+
+  Args:
+    w: any weight leaf; leading axes allowed.
+    dtype: of the result; the base's own if None.
+  """
+  if isinstance(w, LoraWeight | DoraWeight):
+    room = dora if isinstance(w, DoraWeight) else lora
+    whole = room.merge(w, materialize(w.base, jnp.float32))
+    return whole.astype(dtype or w.base.dtype)
+  if isinstance(w, NF4Array):
+    return nf4.dequantize(_gather(w), dtype)
+  return jnp.asarray(w, dtype)
+
+
+def kind(w: Any) -> str:
+  """What a leaf is, in words: 'float32', 'nf4/64 double', 'dora on nf4/64'."""
+  if isinstance(w, DoraWeight):
+    return f'dora on {kind(w.base)}'
+  if isinstance(w, LoraWeight):
+    return f'lora on {kind(w.base)}'
+  if isinstance(w, NF4Array):
+    return f'nf4/{w.block_size}' + (' double' if w.nested is not None else '')
+  return str(w.dtype)
+
+
+def _readers(base: Any, dtype: jnp.dtype) -> tuple[Callable, Callable]:
+  """The two ways lora.py and dora.py read a base: products, and densely."""
+
+  def products(*rows: jax.Array) -> tuple[jax.Array, ...]:
+    return _products(rows, base, dtype)
+
+  return products, functools.partial(materialize, base, jnp.float32)
+
+
+def _products(
+  rows: tuple[jax.Array, ...], base: Any, dtype: jnp.dtype
+) -> tuple[jax.Array, ...]:
+  """Each row's product with one reading of the base, multiplied in dtype."""
+  if isinstance(base, NF4Array):
+    return _nf4_products(dtype, rows, base)
+  return _multiply(rows, materialize(base, dtype))
+
+
+def _multiply(
+  rows: tuple[jax.Array, ...], w: jax.Array
+) -> tuple[jax.Array, ...]:
+  """row @ w for each, computed in w's dtype, returned in the row's."""
+  return tuple(
+    jnp.matmul(row.astype(w.dtype), w, preferred_element_type=row.dtype)
+    for row in rows
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nf4_products(
+  dtype: jnp.dtype, rows: tuple[jax.Array, ...], q: NF4Array
+) -> tuple[jax.Array, ...]:
+  """`_multiply` by a frozen packed weight, which is all that is kept."""
+  return _multiply(rows, materialize(q, dtype))
+
+
+def _nf4_products_forward(dtype, rows, q):
+  return _nf4_products(dtype, rows, q), q
+
+
+def _nf4_products_backward(dtype, q, cotangents):
+  return _multiply(cotangents, materialize(q, dtype).T), None
+
+
+_nf4_products.defvjp(_nf4_products_forward, _nf4_products_backward)
+
+
+def _gather(q: NF4Array) -> NF4Array:
+  """Brings one layer's packed arrays together over FSDP's axis, if told to."""
+  if q.gathered is None or q.codes.ndim != 2:
+    return q
+  together = jax.lax.with_sharding_constraint
+  return q.replace(
+    codes=together(q.codes, q.gathered), absmax=together(q.absmax, q.gathered)
+  )

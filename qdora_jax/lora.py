@@ -1,0 +1,101 @@
+"""LoRA: a frozen weight plus a trained product of two thin matrices.
+
+The idea. Fine-tuning moves a weight along few directions. Freeze W and train
+only a rank-R correction (Hu et al. 2021, arXiv 2106.09685):
+
+  y = x W + s (x A) B        s = alpha / R   (rsLoRA: alpha / sqrt(R))
+
+A starts random and B zero, so adapting changes nothing at first. Adapter
+dropout acts on the input of A alone.
+
+The layout. W_IxO is a Flax kernel, A_IxR `lora_a`, B_RxO `lora_b`; PEFT stores
+the transposes. In a stack of layers all three have a leading layer axis and
+`scale` is one number per layer; ranks that differ by layer are padded with
+zeros, which stay zero under any update proportional to the gradient.
+
+What the alternative does. PEFT wraps modules; here the weight itself is a leaf
+that knows its correction, and W may be anything `linear` can multiply with.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+
+class LoraWeight(flax.struct.PyTreeNode):
+  """W + scale * A B, as a leaf of a parameter tree.
+
+  Attributes:
+    base: W [..., I, O], frozen; any leaf that `linear` takes.
+    lora_a: A [..., I, R].
+    lora_b: B [..., R, O].
+    scale: s, f32 [...].
+    dropout_key: PRNG key [...] for adapter dropout; None switches it off.
+    dropout: probability of zeroing an entry of A's input.
+  """
+
+  base: Any
+  lora_a: jax.Array
+  lora_b: jax.Array
+  scale: jax.Array | float
+  dropout_key: jax.Array | None = None
+  dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+
+  @property
+  def ndim(self) -> int:
+    return self.base.ndim
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.base.shape
+
+
+def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """A [..., I, R] from uniform(+-1/sqrt(I)), float32: PEFT's default.
+
+  (kaiming_uniform with a = sqrt(5), the initialization of torch's Linear.)
+  """
+  bound = shape[-2] ** -0.5
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def delta(w: Any) -> jax.Array:
+  """scale * A B in float32, [..., I, O]: what adapting adds to the base."""
+  scale = jnp.asarray(w.scale, jnp.float32)[..., None, None]
+  return scale * (w.lora_a @ w.lora_b)
+
+
+def drop(x: jax.Array, w: Any) -> jax.Array:
+  """Adapter dropout of x, scaled to keep its mean; x itself when off."""
+  if w.dropout_key is None or not w.dropout:
+    return x
+  keep = jax.random.bernoulli(w.dropout_key, 1 - w.dropout, x.shape)
+  return jnp.where(keep, x / (1 - w.dropout), 0)
+
+
+def correction(x: jax.Array, w: Any) -> jax.Array:
+  """s (x A) B, [..., I] -> float32 [..., O]; products in x's dtype."""
+  low = x @ w.lora_a.astype(x.dtype)
+  return w.scale * (low @ w.lora_b.astype(x.dtype)).astype(jnp.float32)
+
+
+def apply(
+  x: jax.Array, w: LoraWeight, products: Callable[..., tuple[jax.Array, ...]]
+) -> jax.Array:
+  """x W + s (drop(x) A) B in x's dtype.
+
+  Args:
+    x: inputs [..., I].
+    w: one layer's leaf: base [I, O], no leading axes.
+    products: `products(x1, x2, ...)` gives (x1 W, x2 W, ...).
+  """
+  (y,) = products(x)
+  return (y.astype(jnp.float32) + correction(drop(x, w), w)).astype(x.dtype)
+
+
+def merge(w: LoraWeight, base_IxO: jax.Array) -> jax.Array:
+  """The plain weight W + s A B in the dtype of the given dense base."""
+  return (base_IxO.astype(jnp.float32) + delta(w)).astype(base_IxO.dtype)

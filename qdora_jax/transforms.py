@@ -1,0 +1,419 @@
+"""Pure functions from parameter tree to parameter tree.
+
+`base` is frozen and maybe quantized; `adapter` holds what is trained. They meet
+in `attach`, inside the loss, so that differentiation and the optimizer see the
+adapter alone:
+
+  base = quantize(params, QuantSpec())
+  adapter = init_adapter(key, base, AdapterSpec(method='dora'))
+  loss = lambda adapter: f(model.apply({'params': attach(base, adapter)}, x))
+
+QLoRA is LoRA over a quantized base, QDoRA is DoRA over one; no function here
+knows whether it is.
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qdora_jax import dora, lora, nf4, paths
+from qdora_jax.dora import DoraWeight
+from qdora_jax.linear import kind, materialize
+from qdora_jax.linear import norm as norm_of
+from qdora_jax.lora import LoraWeight
+
+Tree = dict[str, Any]
+
+# The seven projections of a decoder block: QLoRA section 5 finds that adapting
+# all of them is what closes the gap to full fine-tuning.
+ALL_LINEAR = r'.*/(q|k|v|o|gate|up|down)/kernel'
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+  """What to quantize, and how.
+
+  Attributes:
+    targets: regex over whole names; kernels it matches become NF4Arrays.
+    block_size: weights that share one absmax. A kernel whose in axis it does
+      not divide stays in full precision (`unquantized` lists them).
+    double_quant: store absmax in 8 bits.
+  """
+
+  targets: str = ALL_LINEAR
+  block_size: int = 64
+  double_quant: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSpec:
+  """What to adapt, and how.
+
+  Attributes:
+    method: 'lora', 'dora', or 'magnitude' (DoRA's magnitude alone).
+    rank: R.
+    alpha: the correction is scaled by alpha / rank.
+    dropout: probability of dropping an entry of the adapter's input.
+    targets: regex over whole names ('layers/3/attn/q/kernel').
+    rank_pattern: {regex: rank}, the first match wins over `rank`; rank 0 leaves
+      a kernel unadapted. Kept as a tuple of pairs, so that specs are hashable.
+    alpha_pattern: {regex: alpha}, the first match wins over `alpha`.
+    rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
+    factored: DoRA's norm without a dense V; False is for ablations.
+    detach: DoRA's norm is a constant in differentiation; False for ablations.
+
+  Raises:
+    ValueError: for an unknown method, or a number out of range.
+  """
+
+  method: Literal['lora', 'dora', 'magnitude'] = 'dora'
+  rank: int = 16
+  alpha: float = 32.0
+  dropout: float = 0.0
+  targets: str = ALL_LINEAR
+  rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+  alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+  rslora: bool = False
+  factored: bool = True
+  detach: bool = True
+
+  def __post_init__(self):
+    methods = ('lora', 'dora', 'magnitude')
+    if self.method not in methods:
+      raise ValueError(f'method={self.method!r}: expected one of {methods}')
+    if self.rank < 1:
+      raise ValueError(f'rank={self.rank}: expected at least 1')
+    if self.alpha <= 0:
+      raise ValueError(f'alpha={self.alpha}: expected more than 0')
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'dropout={self.dropout}: expected 0 <= dropout < 1')
+    for field in ('rank_pattern', 'alpha_pattern'):
+      rules = tuple(dict(getattr(self, field)).items())
+      object.__setattr__(self, field, rules)
+
+  def rank_of(self, name: str) -> int:
+    """The rank of the kernel of that name; 0 if it is not adapted."""
+    if not re.fullmatch(self.targets, name):
+      return 0
+    return paths.first_match(self.rank_pattern, name, self.rank)
+
+  def alpha_of(self, name: str) -> float:
+    """The alpha of the kernel of that name."""
+    return paths.first_match(self.alpha_pattern, name, self.alpha)
+
+  def scale_of(self, name: str) -> float:
+    """s of the LoRA equation; 0 if the kernel is not adapted."""
+    rank = self.rank_of(name)
+    if not rank:
+      return 0.0
+    return self.alpha_of(name) / (rank**0.5 if self.rslora else rank)
+
+
+class Adapter(flax.struct.PyTreeNode):
+  """The trained arrays of one kernel: the leaves of an adapter tree.
+
+  Attributes:
+    lora_a: f32 [..., I, R] or None; R is the largest rank of a stack, smaller
+      ones are padded with zeros.
+    lora_b: f32 [..., R, O] or None.
+    magnitude: f32 [..., O] or None.
+    names: the kernel's name, or one per layer of a stack.
+    spec: ranks, scales and options, by name.
+  """
+
+  lora_a: jax.Array | None
+  lora_b: jax.Array | None
+  magnitude: jax.Array | None
+  names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+  spec: AdapterSpec = flax.struct.field(pytree_node=False)
+
+  @property
+  def ranks(self) -> tuple[int, ...]:
+    return tuple(map(self.spec.rank_of, self.names))
+
+
+def quantize(params: Tree, spec: QuantSpec) -> Tree:
+  """Turns the kernels that spec.targets matches into NF4Arrays.
+
+  Args:
+    params: nested dicts of arrays [..., I, O].
+    spec: what and how.
+
+  Returns:
+    A tree of the same paths. Kernels whose in axis the block size does not
+    divide are returned as they are (see `unquantized`).
+
+  Raises:
+    ValueError: if targets match nothing, only some layers of a stack, or
+      something that is already quantized.
+
+  Example:
+    >>> base = quantize(params, QuantSpec(double_quant=False))
+  """
+  flat = paths.flatten(params)
+  skipped = unquantized(params, spec)
+  for path, hits in paths.select(params, spec.targets).items():
+    if path in skipped:
+      continue
+    if not all(hits):
+      missed = paths.names(path, flat[path])[hits.index(False)]
+      raise ValueError(
+        f'targets={spec.targets!r} match some layers of {path} but not '
+        f'{missed}; the layers of a stack are quantized together'
+      )
+    if kind(flat[path]).startswith('nf4'):
+      raise ValueError(f'{path} is already quantized: {kind(flat[path])}')
+    flat[path] = _quantize(flat[path], spec.block_size, spec.double_quant)
+  return paths.unflatten(flat)
+
+
+_quantize = jax.jit(nf4.quantize, static_argnums=(1, 2))
+
+
+def unquantized(params: Tree, spec: QuantSpec) -> dict[str, str]:
+  """{path: reason} of the targets that `quantize` leaves in full precision."""
+  flat = paths.flatten(params)
+  reasons = {}
+  for path in paths.select(params, spec.targets):
+    try:
+      nf4.check(flat[path].shape, flat[path].dtype, spec.block_size)
+    except ValueError as error:
+      reasons[path] = str(error)
+  if len(reasons) == len(paths.select(params, spec.targets)):
+    raise ValueError(
+      f'nothing that targets={spec.targets!r} match can be quantized: '
+      + '; '.join(f'{path}: {why}' for path, why in reasons.items())
+    )
+  return reasons
+
+
+def init_adapter(key: jax.Array, base: Tree, spec: AdapterSpec) -> Tree:
+  """Makes the adapter tree: at each target an Adapter that changes nothing yet.
+
+  A starts as PEFT's default, B as zero, the magnitude as the norm of the base
+  as it stands (dequantized). Initial values depend on a kernel's name and the
+  key alone, not on how layers are stacked.
+
+  Args:
+    key: PRNG key.
+    base: parameter tree, quantized or not.
+    spec: what and how.
+
+  Returns:
+    Nested dicts whose leaves are `Adapter`s, with base's paths.
+
+  Raises:
+    ValueError: if targets or a pattern match nothing or no kernel, or a rank
+      exceeds a kernel's smaller side.
+  """
+  flat = paths.flatten(base)
+  for pattern, _ in (*spec.rank_pattern, *spec.alpha_pattern):
+    paths.select(base, pattern)
+  adapter = {}
+  for path in paths.select(base, spec.targets):
+    leaf = flat[path]
+    names = tuple(paths.names(path, leaf))
+    if leaf.ndim != 2 + (len(names) > 1 or names[0] != path):
+      raise ValueError(
+        f'targets={spec.targets!r} match {path} of shape {leaf.shape}; '
+        'adapters are for kernels [I, O]'
+      )
+    adapter[path] = _init(key, leaf, names, spec)
+  return paths.unflatten(adapter)
+
+
+def _init(
+  key: jax.Array, leaf: Any, names: tuple[str, ...], spec: AdapterSpec
+) -> Adapter:
+  """The Adapter of one kernel, or of one stack of kernels."""
+  *lead, i, o = leaf.shape
+  ranks = [spec.rank_of(name) for name in names]
+  for name, rank in zip(names, ranks, strict=True):
+    if not 0 <= rank <= min(i, o):
+      raise ValueError(
+        f'rank {rank} for {name}: expected 1 to {min(i, o)}, the smaller side '
+        f'of its kernel {(i, o)} (0 leaves it unadapted)'
+      )
+  a = b = magnitude = None
+  if spec.method != 'magnitude':
+    parts = []
+    for name, rank in zip(names, ranks, strict=True):
+      # crc32 and not hash(): the same in every process.
+      part = lora.init_a(
+        jax.random.fold_in(key, zlib.crc32(name.encode())), (i, rank)
+      )
+      parts.append(jnp.pad(part, [(0, 0), (0, max(ranks) - rank)]))
+    a = jnp.stack(parts).reshape(*lead, i, max(ranks))
+    b = jnp.zeros((*lead, max(ranks), o), jnp.float32)
+  if spec.method != 'lora':
+    magnitude = dora.root(_per_layer(_squared_norm, leaf))
+  return Adapter(a, b, magnitude, names, spec)
+
+
+def _squared_norm(leaf: Any) -> jax.Array:
+  return dora.squared_norm(materialize(leaf, jnp.float32))
+
+
+def _per_layer(f: Any, leaf: Any) -> jax.Array:
+  """f of each layer of a leaf in turn: one dense kernel in memory at a time."""
+  return f(leaf) if leaf.ndim == 2 else jax.lax.map(f, leaf)
+
+
+def norms(base: Tree, adapter: Tree | None = None) -> Tree:
+  """Squared norms of the base per output feature, computed once.
+
+  Args:
+    base: parameter tree.
+    adapter: restricts the answer to its kernels; else every 'kernel' has one.
+
+  Returns:
+    Nested dicts of f32 [..., O]; pass it to `attach` and keep it in neither
+    tree.
+  """
+  flat = paths.flatten(base)
+  wanted = paths.flatten(adapter) if adapter is not None else flat
+  return paths.unflatten(
+    {
+      path: _per_layer(_squared_norm, flat[path])
+      for path in wanted
+      if path.split('/')[-1] == 'kernel'
+    }
+  )
+
+
+def attach(
+  base: Tree,
+  adapter: Tree,
+  *,
+  norms: Tree | None = None,
+  adapted_norms: Tree | None = None,
+  dropout_key: jax.Array | None = None,
+) -> Tree:
+  """Puts an adapter on its base: the tree a model is applied to.
+
+  Cheap and pure; call it inside the loss. A leaf of `adapter` that is a plain
+  array (a trained norm, a head; everything, in full fine-tuning) takes the
+  place of the base's.
+
+  Args:
+    base: frozen parameter tree, quantized or not.
+    adapter: what `init_adapter` made.
+    norms: what `norms(base)` gave; without it DoRA recomputes ||W||^2 at every
+      use.
+    adapted_norms: what `adapted_norms` gave; then DoRA computes no norm at all.
+    dropout_key: PRNG key; switches adapter dropout on.
+
+  Returns:
+    base's tree with LoraWeights and DoraWeights at the adapted paths.
+
+  Raises:
+    ValueError: if the adapter has a path that the base has not, or shapes that
+      do not fit.
+  """
+  flat = paths.flatten(base)
+  squared = paths.flatten(norms) if norms is not None else {}
+  cached = paths.flatten(adapted_norms) if adapted_norms is not None else {}
+  for path, node in paths.flatten(adapter).items():
+    if path not in flat:
+      raise ValueError(
+        f'the adapter has {path}, the base has not; it has '
+        f'{", ".join(paths.near(path, flat))}'
+      )
+    if not isinstance(node, Adapter):
+      flat[path] = node
+      continue
+    _check_fit(path, node, flat[path])
+    keys = None
+    if dropout_key is not None and node.spec.dropout:
+      keys = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
+      if flat[path].ndim > 2:
+        keys = jax.random.split(keys, flat[path].shape[0])
+    flat[path] = _weight(
+      node, flat[path], squared.get(path), cached.get(path), keys
+    )
+  return paths.unflatten(flat)
+
+
+def _weight(
+  node: Adapter, base: Any, squared: Any, cached: Any, keys: Any
+) -> LoraWeight | DoraWeight:
+  """The leaf that an Adapter and its base make."""
+  spec = node.spec
+  scales = np.array([spec.scale_of(n) for n in node.names], np.float32)
+  scale = jnp.asarray(scales if base.ndim > 2 else scales[0])
+  if node.magnitude is None:
+    return LoraWeight(base, node.lora_a, node.lora_b, scale, keys, spec.dropout)
+  return DoraWeight(
+    base,
+    node.lora_a,
+    node.lora_b,
+    node.magnitude,
+    scale,
+    squared,
+    cached,
+    keys,
+    spec.dropout,
+    spec.factored,
+    spec.detach,
+  )
+
+
+def _check_fit(path: str, node: Adapter, base: Any) -> None:
+  *lead, i, o = base.shape
+  have = {
+    'lora_a': (node.lora_a, (*lead, i)),
+    'lora_b': (node.lora_b, (*lead, o)),
+    'magnitude': (node.magnitude, (*lead, o)),
+  }
+  for name, (array, expected) in have.items():
+    if array is None:
+      continue
+    shape = tuple(array.shape)
+    rank = {'lora_a': -1, 'lora_b': -2}
+    if name in rank:
+      shape = tuple(np.delete(shape, rank[name]).tolist())
+    if shape != expected:
+      raise ValueError(
+        f'{path}: {name} {tuple(array.shape)} does not fit the base '
+        f'{tuple(base.shape)}; is the adapter of another model?'
+      )
+
+
+def adapted_norms(base: Tree, adapter: Tree, norms: Tree | None = None) -> Tree:
+  """||V|| of every DoRA kernel at the adapter's present values.
+
+  The detached norm depends on the adapter alone, so one call serves all
+  microbatches of an optimizer step, and all tokens of a generation.
+
+  Returns:
+    Nested dicts of f32 [..., O], held constant; pass it to `attach`.
+  """
+  flat = paths.flatten(attach(base, adapter, norms=norms))
+  return paths.unflatten(
+    {
+      path: jax.lax.stop_gradient(_per_layer(norm_of, flat[path]))
+      for path, node in paths.flatten(adapter).items()
+      if getattr(node, 'magnitude', None) is not None
+    }
+  )
+
+
+def freeze(base: Tree, adapter: Tree) -> Tree:
+  """`attach` for inference: DoRA's norms are computed here, once and for all.
+
+  Decoding then costs what LoRA costs, over any base and without a copy of it.
+  """
+  return attach(base, adapter, adapted_norms=adapted_norms(base, adapter))
+
+
+def merge(base: Tree, adapter: Tree) -> Tree:
+  """The tree of plain arrays that base and adapter stand for, [..., I, O]."""
+  flat = paths.flatten(attach(base, adapter))
+  return paths.unflatten({path: materialize(w) for path, w in flat.items()})
