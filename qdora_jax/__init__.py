@@ -2,13 +2,14 @@
 
 from qdora_jax import nf4
 from qdora_jax.dora import DoraWeight
+from qdora_jax.interop.peft import load_adapter, save_adapter
 from qdora_jax.linear import linear, materialize
 from qdora_jax.lora import LoraWeight
 from qdora_jax.nf4 import NF4Array
+from qdora_jax.pretrained import load_pretrained
+from qdora_jax.specs import AdapterSpec, QuantSpec
 from qdora_jax.transforms import (
   Adapter,
-  AdapterSpec,
-  QuantSpec,
   adapted_norms,
   attach,
   freeze,
@@ -30,9 +31,12 @@ __all__ = [
   'freeze',
   'init_adapter',
   'linear',
+  'load_adapter',
+  'load_pretrained',
   'materialize',
   'merge',
   'nf4',
   'norms',
   'quantize',
+  'save_adapter',
 ]

@@ -294,5 +294,6 @@ def quantize_host(
   codes, absmax = np.ascontiguousarray(codes), np.ascontiguousarray(absmax)
   q = NF4Array(codes, absmax, None, None, block_size, np.dtype(w_IxO.dtype))
   if double_quant:
-    q = jax.tree.map(np.asarray, jax.jit(_compress, backend='cpu')(q))
+    q = jax.device_put(q, jax.local_devices(backend='cpu')[0])
+    q = jax.tree.map(np.asarray, jax.jit(_compress)(q))
   return q

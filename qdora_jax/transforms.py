@@ -12,11 +12,8 @@ QLoRA is LoRA over a quantized base, QDoRA is DoRA over one; no function here
 knows whether it is.
 """
 
-import dataclasses
-import re
 import zlib
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax
 import jax
@@ -28,92 +25,9 @@ from qdora_jax.dora import DoraWeight
 from qdora_jax.linear import kind, materialize
 from qdora_jax.linear import norm as norm_of
 from qdora_jax.lora import LoraWeight
+from qdora_jax.specs import AdapterSpec, QuantSpec
 
 Tree = dict[str, Any]
-
-# The seven projections of a decoder block: QLoRA section 5 finds that adapting
-# all of them is what closes the gap to full fine-tuning.
-ALL_LINEAR = r'.*/(q|k|v|o|gate|up|down)/kernel'
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantSpec:
-  """What to quantize, and how.
-
-  Attributes:
-    targets: regex over whole names; kernels it matches become NF4Arrays.
-    block_size: weights that share one absmax. A kernel whose in axis it does
-      not divide stays in full precision (`unquantized` lists them).
-    double_quant: store absmax in 8 bits.
-  """
-
-  targets: str = ALL_LINEAR
-  block_size: int = 64
-  double_quant: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterSpec:
-  """What to adapt, and how.
-
-  Attributes:
-    method: 'lora', 'dora', or 'magnitude' (DoRA's magnitude alone).
-    rank: R.
-    alpha: the correction is scaled by alpha / rank.
-    dropout: probability of dropping an entry of the adapter's input.
-    targets: regex over whole names ('layers/3/attn/q/kernel').
-    rank_pattern: {regex: rank}, the first match wins over `rank`; rank 0 leaves
-      a kernel unadapted. Kept as a tuple of pairs, so that specs are hashable.
-    alpha_pattern: {regex: alpha}, the first match wins over `alpha`.
-    rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
-    factored: DoRA's norm without a dense V; False is for ablations.
-    detach: DoRA's norm is a constant in differentiation; False for ablations.
-
-  Raises:
-    ValueError: for an unknown method, or a number out of range.
-  """
-
-  method: Literal['lora', 'dora', 'magnitude'] = 'dora'
-  rank: int = 16
-  alpha: float = 32.0
-  dropout: float = 0.0
-  targets: str = ALL_LINEAR
-  rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
-  alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
-  rslora: bool = False
-  factored: bool = True
-  detach: bool = True
-
-  def __post_init__(self):
-    methods = ('lora', 'dora', 'magnitude')
-    if self.method not in methods:
-      raise ValueError(f'method={self.method!r}: expected one of {methods}')
-    if self.rank < 1:
-      raise ValueError(f'rank={self.rank}: expected at least 1')
-    if self.alpha <= 0:
-      raise ValueError(f'alpha={self.alpha}: expected more than 0')
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f'dropout={self.dropout}: expected 0 <= dropout < 1')
-    for field in ('rank_pattern', 'alpha_pattern'):
-      rules = tuple(dict(getattr(self, field)).items())
-      object.__setattr__(self, field, rules)
-
-  def rank_of(self, name: str) -> int:
-    """The rank of the kernel of that name; 0 if it is not adapted."""
-    if not re.fullmatch(self.targets, name):
-      return 0
-    return paths.first_match(self.rank_pattern, name, self.rank)
-
-  def alpha_of(self, name: str) -> float:
-    """The alpha of the kernel of that name."""
-    return paths.first_match(self.alpha_pattern, name, self.alpha)
-
-  def scale_of(self, name: str) -> float:
-    """s of the LoRA equation; 0 if the kernel is not adapted."""
-    rank = self.rank_of(name)
-    if not rank:
-      return 0.0
-    return self.alpha_of(name) / (rank**0.5 if self.rslora else rank)
 
 
 class Adapter(flax.struct.PyTreeNode):
@@ -274,16 +188,36 @@ def norms(base: Tree, adapter: Tree | None = None) -> Tree:
     adapter: restricts the answer to its kernels; else every 'kernel' has one.
 
   Returns:
-    Nested dicts of f32 [..., O]; pass it to `attach` and keep it in neither
-    tree.
+    Nested dicts with a `squared_norm`, f32 [..., O], at each kernel's path;
+    pass it to `attach` and keep it in neither tree.
   """
   flat = paths.flatten(base)
   wanted = paths.flatten(adapter) if adapter is not None else flat
   return paths.unflatten(
     {
-      path: _per_layer(_squared_norm, flat[path])
+      f'{path}/squared_norm': _per_layer(_squared_norm, flat[path])
       for path in wanted
       if path.split('/')[-1] == 'kernel'
+    }
+  )
+
+
+def adapted_norms(base: Tree, adapter: Tree, norms: Tree | None = None) -> Tree:
+  """||V|| of every DoRA kernel at the adapter's present values.
+
+  The detached norm depends on the adapter alone, so one call serves all
+  microbatches of an optimizer step, and all tokens of a generation.
+
+  Returns:
+    Nested dicts with a `norm`, f32 [..., O], held constant, at each kernel's
+    path; pass it to `attach`, and DoRA computes no norm at all.
+  """
+  flat = paths.flatten(attach(base, adapter, norms=norms))
+  return paths.unflatten(
+    {
+      f'{path}/norm': jax.lax.stop_gradient(_per_layer(norm_of, flat[path]))
+      for path, node in paths.flatten(adapter).items()
+      if isinstance(node, Adapter) and node.magnitude is not None
     }
   )
 
@@ -293,7 +227,6 @@ def attach(
   adapter: Tree,
   *,
   norms: Tree | None = None,
-  adapted_norms: Tree | None = None,
   dropout_key: jax.Array | None = None,
 ) -> Tree:
   """Puts an adapter on its base: the tree a model is applied to.
@@ -305,9 +238,8 @@ def attach(
   Args:
     base: frozen parameter tree, quantized or not.
     adapter: what `init_adapter` made.
-    norms: what `norms(base)` gave; without it DoRA recomputes ||W||^2 at every
-      use.
-    adapted_norms: what `adapted_norms` gave; then DoRA computes no norm at all.
+    norms: what `norms(base)` or `adapted_norms(base, adapter)` gave; without
+      it DoRA computes ||W||^2 at every use.
     dropout_key: PRNG key; switches adapter dropout on.
 
   Returns:
@@ -318,8 +250,7 @@ def attach(
       do not fit.
   """
   flat = paths.flatten(base)
-  squared = paths.flatten(norms) if norms is not None else {}
-  cached = paths.flatten(adapted_norms) if adapted_norms is not None else {}
+  known = paths.flatten(norms) if norms is not None else {}
   for path, node in paths.flatten(adapter).items():
     if path not in flat:
       raise ValueError(
@@ -335,33 +266,35 @@ def attach(
       keys = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
       if flat[path].ndim > 2:
         keys = jax.random.split(keys, flat[path].shape[0])
-    flat[path] = _weight(
-      node, flat[path], squared.get(path), cached.get(path), keys
-    )
+    here = {
+      part: known[f'{path}/{part}']
+      for part in ('squared_norm', 'norm')
+      if f'{path}/{part}' in known
+    }
+    flat[path] = _weight(node, flat[path], here, keys)
   return paths.unflatten(flat)
 
 
 def _weight(
-  node: Adapter, base: Any, squared: Any, cached: Any, keys: Any
+  node: Adapter, base: Any, norms: dict[str, jax.Array], keys: Any
 ) -> LoraWeight | DoraWeight:
   """The leaf that an Adapter and its base make."""
   spec = node.spec
   scales = np.array([spec.scale_of(n) for n in node.names], np.float32)
   scale = jnp.asarray(scales if base.ndim > 2 else scales[0])
+  ab = (node.lora_a, node.lora_b)
   if node.magnitude is None:
-    return LoraWeight(base, node.lora_a, node.lora_b, scale, keys, spec.dropout)
+    return LoraWeight(base, *ab, scale, keys, spec.dropout)
   return DoraWeight(
     base,
-    node.lora_a,
-    node.lora_b,
+    *ab,
     node.magnitude,
     scale,
-    squared,
-    cached,
-    keys,
-    spec.dropout,
-    spec.factored,
-    spec.detach,
+    dropout_key=keys,
+    dropout=spec.dropout,
+    factored=spec.factored,
+    detach=spec.detach,
+    **norms,
   )
 
 
@@ -386,31 +319,12 @@ def _check_fit(path: str, node: Adapter, base: Any) -> None:
       )
 
 
-def adapted_norms(base: Tree, adapter: Tree, norms: Tree | None = None) -> Tree:
-  """||V|| of every DoRA kernel at the adapter's present values.
-
-  The detached norm depends on the adapter alone, so one call serves all
-  microbatches of an optimizer step, and all tokens of a generation.
-
-  Returns:
-    Nested dicts of f32 [..., O], held constant; pass it to `attach`.
-  """
-  flat = paths.flatten(attach(base, adapter, norms=norms))
-  return paths.unflatten(
-    {
-      path: jax.lax.stop_gradient(_per_layer(norm_of, flat[path]))
-      for path, node in paths.flatten(adapter).items()
-      if getattr(node, 'magnitude', None) is not None
-    }
-  )
-
-
 def freeze(base: Tree, adapter: Tree) -> Tree:
   """`attach` for inference: DoRA's norms are computed here, once and for all.
 
   Decoding then costs what LoRA costs, over any base and without a copy of it.
   """
-  return attach(base, adapter, adapted_norms=adapted_norms(base, adapter))
+  return attach(base, adapter, norms=adapted_norms(base, adapter))
 
 
 def merge(base: Tree, adapter: Tree) -> Tree:

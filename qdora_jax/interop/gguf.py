@@ -1,0 +1,168 @@
+"""Llama checkpoints in llama.cpp's GGUF format, read as Hugging Face ones.
+
+Three things differ from the Hugging Face directory of the same model, and are
+undone here: tensor names, quantized storage (dequantized one tensor at a time
+with the `gguf` package), and the order of the rows of q and k, which
+llama.cpp permutes so that rotary pairs are neighbours.
+"""
+
+import hashlib
+import math
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qdora_jax.interop import gguf_config, gguf_header
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
+
+# llama.cpp gguf-py/gguf/constants.py, TENSOR_NAMES of MODEL_ARCH.LLAMA.
+_NAMES = {
+  'token_embd': 'model.embed_tokens',
+  'output_norm': 'model.norm',
+  'output': 'lm_head',
+  'attn_norm': 'input_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'ffn_norm': 'post_attention_layernorm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
+}
+# Bytes of every tensor that enter the fingerprint.
+_SAMPLE = 64
+
+
+class GGUFCheckpoint:
+  """A Llama model in one `.gguf` file.
+
+  The header is read at once; tensor data is mapped and touched by `read`
+  only, so the object costs little more than its vocabulary.
+
+  Attributes:
+    config: what `config.json` of the same model would hold.
+    shapes: Hugging Face tensor name -> shape, (out, in) for a linear.
+
+  Raises:
+    FileNotFoundError, ValueError: no such file, not a (whole) GGUF file, an
+      architecture other than llama, tensors or rotary settings that a plain
+      Llama does not have, metadata that is missing.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = Path(path)
+    self._header = gguf_header.read_header(self.path)
+    self.config = gguf_config.build(self._header, str(self.path))
+    self._names = {self._hf_name(n): n for n in self._header.tensors}
+    self.shapes = {
+      hf: self._header.tensors[name].shape for hf, name in self._names.items()
+    }
+
+  def read(self, name: str) -> np.ndarray:
+    """One tensor as a new float32 array of shape `shapes[name]`.
+
+    Raises:
+      KeyError: no tensor of that Hugging Face name.
+      ValueError: its storage type is unknown to the `gguf` package, or the
+        file ends before its data does.
+    """
+    if name not in self._names:
+      raise KeyError(
+        f'{self.path} has no tensor {name!r}; it has {sorted(self._names)}'
+      )
+    info = self._header.tensors[self._names[name]]
+    w = self._dequantize(name, info)
+    if name.endswith(('q_proj.weight', 'q_proj.bias')):
+      w = _unpermute(w, self.config['num_attention_heads'])
+    if name.endswith(('k_proj.weight', 'k_proj.bias')):
+      w = _unpermute(w, self.config['num_key_value_heads'])
+    return w
+
+  def tokenizer(self) -> 'PreTrainedTokenizerFast':
+    """The tokenizer of the file's vocabulary; see `gguf_tokenizer.build`."""
+    from qdora_jax.interop import gguf_tokenizer
+
+    return gguf_tokenizer.build(self._header.fields, str(self.path))
+
+  def fingerprint(self) -> str:
+    """sha256 of the header, the file's size and 64 bytes of every tensor.
+
+    Cheap, and the same on every machine. Two fine-tunes of one model differ;
+    files that differ in a few numbers of a tensor's interior may not.
+    """
+    digest = hashlib.sha256(self._data[: self._header.size].tobytes())
+    digest.update(len(self._data).to_bytes(8, 'little'))
+    for info in self._header.tensors.values():
+      digest.update(self._data[info.offset : info.offset + _SAMPLE].tobytes())
+    return digest.hexdigest()
+
+  @cached_property
+  def _data(self) -> np.ndarray:
+    """The file's bytes, mapped."""
+    return np.memmap(self.path, np.uint8, mode='r')
+
+  def _hf_name(self, name: str) -> str:
+    """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'."""
+    parts = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)', name)
+    if parts is None or parts[2] not in _NAMES:
+      raise ValueError(
+        f'{self.path}: tensor {name!r} is not part of a plain Llama (rotary'
+        " factors, experts and the like are not supported). Load the model's"
+        ' Hugging Face directory instead'
+      )
+    layer, module, kind = parts.groups()
+    place = '' if layer is None else f'model.layers.{layer}.'
+    return f'{place}{_NAMES[module]}.{kind}'
+
+  def _dequantize(self, name: str, info: gguf_header.TensorInfo) -> np.ndarray:
+    """The tensor in llama.cpp's row order."""
+    gguf = _import_gguf()
+    kinds = {int(k): k for k in gguf.GGMLQuantizationType}
+    if info.kind not in kinds:
+      raise ValueError(
+        f'{self.path}: {name!r} has storage type {info.kind}, expected one of'
+        f' {sorted(kinds)}. Install a newer gguf: pip install -U gguf'
+      )
+    kind = kinds[info.kind]
+    shape = gguf.quant_shape_to_byte_shape(info.shape, kind)
+    end = info.offset + math.prod(shape)
+    if end > len(self._data):
+      raise ValueError(
+        f'{self.path} ends early: the data of {name!r} ends at byte {end},'
+        f' the file at {len(self._data)}. Download it again'
+      )
+    packed = np.asarray(self._data[info.offset : end]).reshape(shape)
+    try:
+      w = gguf.dequantize(packed, kind)
+    except NotImplementedError as error:
+      raise ValueError(
+        f'{self.path}: {name!r} is stored as {kind.name}, which gguf cannot'
+        ' dequantize. Use a file of the model in Q8_0 or F16'
+      ) from error
+    # F32 comes back as a read-only view of the file.
+    return w if w.flags.writeable else w.copy()
+
+
+def _unpermute(w: np.ndarray, heads: int) -> np.ndarray:
+  """Undoes llama.cpp's row order: pairs side by side -> halves apart."""
+  # llama.cpp convert_hf_to_gguf.py, LlamaModel.permute, inverted.
+  pairs = w.reshape(heads, w.shape[0] // heads // 2, 2, -1)
+  return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(w.shape)
+
+
+def _import_gguf() -> Any:
+  try:
+    import gguf
+  except ImportError as error:
+    raise ImportError(
+      "reading a .gguf file needs the package 'gguf', which is not installed:"
+      " pip install 'qdora_jax[demo]'"
+    ) from error
+  return gguf

@@ -1,0 +1,149 @@
+"""The one mesh maker, and where each array of a tree lives on it.
+
+A rule gives a kernel's PartitionSpec over (I, O); everything stored for that
+kernel follows: packed codes and absmax have its axes (I in whole blocks only,
+decided for both together), A has its in axis, B and the magnitude its out axis,
+nested scales are replicated. Leading axes (layers, experts) are never sharded.
+
+Axes of the mesh: `data` splits the batch, `fsdp` the batch and the weights,
+`tensor` the features.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qdora_jax import paths
+
+AXES = ('data', 'fsdp', 'tensor')
+# First match wins. Projections into heads and feed-forward split their output
+# over `tensor`, those out of them their input (Megatron, arXiv 1909.08053).
+RULES: tuple[tuple[str, P], ...] = (
+  (r'.*/(o|down)/kernel', P('tensor', 'fsdp')),
+  (r'.*/kernel', P('fsdp', 'tensor')),
+  (r'.*/embedding', P('tensor', 'fsdp')),
+)
+BATCH = P(('data', 'fsdp'))
+
+
+def make_mesh(
+  data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None
+) -> Mesh:
+  """A mesh of all devices; a size of -1 takes what the others leave.
+
+  Raises:
+    ValueError: if the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [data, fsdp, tensor]
+  if sizes.count(-1) > 1:
+    raise ValueError(f'mesh sizes {sizes}: at most one may be -1')
+  if -1 in sizes:
+    known = -math.prod(sizes)
+    sizes[sizes.index(-1)] = max(1, len(devices) // known)
+  if math.prod(sizes) != len(devices):
+    shape = ', '.join(f'{a}={n}' for a, n in zip(AXES, sizes, strict=True))
+    raise ValueError(f'a mesh of {shape} does not use {len(devices)} devices')
+  # Auto axes: under Explicit ones a codebook lookup on sharded codes fails.
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(tuple(sizes), AXES, auto, devices=devices)
+
+
+def shardings(
+  tree: Any, mesh: Mesh, rules: tuple[tuple[str, P], ...] = RULES
+) -> Any:
+  """A tree of NamedShardings for params, an adapter or optimizer state.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs; names are found in any nesting that ends
+      with a parameter's path, so optimizer state works.
+    mesh: from `make_mesh`.
+    rules: (regex over paths, spec of the kernel's last two axes) pairs.
+
+  Returns:
+    The same tree; an axis that a mesh axis does not divide is replicated.
+  """
+
+  def place(path: Any, leaf: Any) -> NamedSharding:
+    name = _name(path)
+    kernel, _, part = name.rpartition('/')
+    if part in _PARTS:
+      spec = paths.first_match(rules, kernel, P(None, None))
+      spec = P(*(spec[a] if a is not None else None for a in _PARTS[part]))
+    else:
+      spec = paths.first_match(rules, name, P())
+    return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
+
+  return _align(jax.tree_util.tree_map_with_path(place, tree))
+
+
+# Which axis of its kernel (0: I, 1: O) each axis of a stored part follows.
+_PARTS: dict[str, tuple[int | None, ...]] = {
+  'codes': (0, 1),
+  'absmax': (0, 1),
+  'nested': (),
+  'offset': (),
+  'lora_a': (0, None),
+  'lora_b': (None, 1),
+  'magnitude': (1,),
+  'squared_norm': (1,),
+  'norm': (1,),
+}
+
+
+def _name(path: Any) -> str:
+  """'layers/attn/q/kernel/codes' from a jax key path."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """Aligns a spec with the last axes, dropping what does not divide."""
+  full = [None] * (len(shape) - len(spec)) + list(spec)
+  return P(
+    *(
+      axis if axis and n % mesh.shape[axis] == 0 else None
+      for axis, n in zip(full, shape, strict=True)
+    )
+  )
+
+
+def _align(tree: Any) -> Any:
+  """Codes follow absmax: I is sharded in whole blocks or not at all."""
+
+  def node(leaf: Any) -> Any:
+    if not hasattr(leaf, 'codes'):
+      return leaf
+    return leaf.replace(codes=leaf.absmax)
+
+  return jax.tree.map(node, tree, is_leaf=lambda x: hasattr(x, 'codes'))
+
+
+def shard(tree: Any, mesh: Mesh, rules: Any = RULES) -> Any:
+  """Puts a tree on the mesh; packed leaves learn where to be gathered.
+
+  The result is used like the tree itself. Inside `linear`, one layer's packed
+  arrays are brought together over `fsdp` - as four-bit codes - and stay split
+  over `tensor`.
+  """
+  placed = jax.tree.map(jax.device_put, tree, shardings(tree, mesh, rules))
+
+  def node(path: Any, leaf: Any) -> Any:
+    if not hasattr(leaf, 'codes'):
+      return leaf
+    spec = leaf.codes.sharding.spec[-2:]
+    kept = P(*(axis if axis == 'tensor' else None for axis in spec))
+    return leaf.replace(gathered=NamedSharding(mesh, kept))
+
+  return jax.tree_util.tree_map_with_path(
+    node, placed, is_leaf=lambda x: hasattr(x, 'codes')
+  )
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+  """Splits the leading axis of every array over `data` and `fsdp`."""
+  sharding = NamedSharding(mesh, BATCH)
+  return jax.tree.map(lambda a: jax.device_put(np.asarray(a), sharding), batch)

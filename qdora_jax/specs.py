@@ -1,0 +1,92 @@
+"""What to quantize and what to adapt: values, hashable, checked when made."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from qdora_jax import paths
+
+# The seven projections of a decoder block: QLoRA section 5 finds that adapting
+# all of them is what closes the gap to full fine-tuning.
+ALL_LINEAR = r'.*/(q|k|v|o|gate|up|down)/kernel'
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+  """What to quantize, and how.
+
+  Attributes:
+    targets: regex over whole names; kernels it matches become NF4Arrays.
+    block_size: weights that share one absmax. A kernel whose in axis it does
+      not divide stays in full precision (`unquantized` lists them).
+    double_quant: store absmax in 8 bits.
+  """
+
+  targets: str = ALL_LINEAR
+  block_size: int = 64
+  double_quant: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSpec:
+  """What to adapt, and how.
+
+  Attributes:
+    method: 'lora', 'dora', or 'magnitude' (DoRA's magnitude alone).
+    rank: R.
+    alpha: the correction is scaled by alpha / rank.
+    dropout: probability of dropping an entry of the adapter's input.
+    targets: regex over whole names ('layers/3/attn/q/kernel').
+    rank_pattern: {regex: rank}, the first match wins over `rank`; rank 0 leaves
+      a kernel unadapted. Kept as a tuple of pairs, so that specs are hashable.
+    alpha_pattern: {regex: alpha}, the first match wins over `alpha`.
+    rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
+    factored: DoRA's norm without a dense V; False is for ablations.
+    detach: DoRA's norm is a constant in differentiation; False for ablations.
+
+  Raises:
+    ValueError: for an unknown method, or a number out of range.
+  """
+
+  method: Literal['lora', 'dora', 'magnitude'] = 'dora'
+  rank: int = 16
+  alpha: float = 32.0
+  dropout: float = 0.0
+  targets: str = ALL_LINEAR
+  rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+  alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+  rslora: bool = False
+  factored: bool = True
+  detach: bool = True
+
+  def __post_init__(self):
+    methods = ('lora', 'dora', 'magnitude')
+    if self.method not in methods:
+      raise ValueError(f'method={self.method!r}: expected one of {methods}')
+    if self.rank < 1:
+      raise ValueError(f'rank={self.rank}: expected at least 1')
+    if self.alpha <= 0:
+      raise ValueError(f'alpha={self.alpha}: expected more than 0')
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'dropout={self.dropout}: expected 0 <= dropout < 1')
+    for field in ('rank_pattern', 'alpha_pattern'):
+      rules = tuple(dict(getattr(self, field)).items())
+      object.__setattr__(self, field, rules)
+
+  def rank_of(self, name: str) -> int:
+    """The rank of the kernel of that name; 0 if it is not adapted."""
+    if not re.fullmatch(self.targets, name):
+      return 0
+    return paths.first_match(self.rank_pattern, name, self.rank)
+
+  def alpha_of(self, name: str) -> float:
+    """The alpha of the kernel of that name."""
+    return paths.first_match(self.alpha_pattern, name, self.alpha)
+
+  def scale_of(self, name: str) -> float:
+    """s of the LoRA equation; 0 if the kernel is not adapted."""
+    rank = self.rank_of(name)
+    if not rank:
+      return 0.0
+    return self.alpha_of(name) / (rank**0.5 if self.rslora else rank)
