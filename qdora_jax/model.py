@@ -25,7 +25,7 @@ import numpy as np
 from qdora_jax.attention import NOWHERE, attention, visible
 from qdora_jax.linear import linear
 
-Remat = Literal['none', 'block']
+Remat = Literal['none', 'dots', 'block']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,10 @@ class RMSNorm(nn.Module):
 
 def rope(positions_BxL: jax.Array, head_dim: int, theta: float) -> jax.Array:
   """Rotary angles' (cos, sin), f32 [2, B, L, 1, Dh/2] (arXiv 2104.09864)."""
-  exponent = np.arange(0, head_dim, 2) / head_dim
-  frequency = jnp.asarray(theta**-exponent, jnp.float32)
+  # In float32 and in this order, as transformers rounds them.
+  exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  wavelength = (theta ** exponent.astype(np.float64)).astype(np.float32)
+  frequency = jnp.asarray(np.float32(1) / wavelength)
   angle = positions_BxL[..., None].astype(jnp.float32) * frequency[None, None]
   return jnp.stack([jnp.cos(angle), jnp.sin(angle)])[..., None, :]
 
@@ -156,7 +158,8 @@ class Decoder(nn.Module):
   Attributes:
     config: shapes and constants.
     dtype: compute dtype of activations and products; logits are float32.
-    remat: 'block' keeps only the layers' inputs for the backward pass.
+    remat: what the backward pass finds of a layer: 'none' keeps everything,
+      'dots' the results of products, 'block' the layer's input alone.
   """
 
   config: ModelConfig
@@ -166,9 +169,11 @@ class Decoder(nn.Module):
   def setup(self):
     c = self.config
     self.embed = nn.Embed(c.vocab, c.width, name='embed')
-    block = (
-      nn.remat(Block, prevent_cse=False) if self.remat == 'block' else Block
-    )
+    block = Block
+    if self.remat != 'none':
+      keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      policy = keep if self.remat == 'dots' else None
+      block = nn.remat(Block, prevent_cse=False, policy=policy)
     self.layers = nn.scan(
       block,
       variable_axes={'params': 0},

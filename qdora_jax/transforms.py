@@ -185,21 +185,33 @@ def norms(base: Tree, adapter: Tree | None = None) -> Tree:
 
   Args:
     base: parameter tree.
-    adapter: restricts the answer to its kernels; else every 'kernel' has one.
+    adapter: restricts the answer to the kernels it trains a magnitude of; else
+      every 'kernel' has one.
 
   Returns:
     Nested dicts with a `squared_norm`, f32 [..., O], at each kernel's path;
     pass it to `attach` and keep it in neither tree.
   """
   flat = paths.flatten(base)
-  wanted = paths.flatten(adapter) if adapter is not None else flat
+  if adapter is not None:
+    wanted = _with_magnitude(adapter)
+  else:
+    wanted = [path for path in flat if path.split('/')[-1] == 'kernel']
   return paths.unflatten(
     {
       f'{path}/squared_norm': _per_layer(_squared_norm, flat[path])
       for path in wanted
-      if path.split('/')[-1] == 'kernel'
     }
   )
+
+
+def _with_magnitude(adapter: Tree) -> list[str]:
+  """Paths of the kernels whose magnitude is trained."""
+  return [
+    path
+    for path, node in paths.flatten(adapter).items()
+    if isinstance(node, Adapter) and node.magnitude is not None
+  ]
 
 
 def adapted_norms(base: Tree, adapter: Tree, norms: Tree | None = None) -> Tree:
@@ -216,8 +228,7 @@ def adapted_norms(base: Tree, adapter: Tree, norms: Tree | None = None) -> Tree:
   return paths.unflatten(
     {
       f'{path}/norm': jax.lax.stop_gradient(_per_layer(norm_of, flat[path]))
-      for path, node in paths.flatten(adapter).items()
-      if isinstance(node, Adapter) and node.magnitude is not None
+      for path in _with_magnitude(adapter)
     }
   )
 
@@ -232,8 +243,8 @@ def attach(
   """Puts an adapter on its base: the tree a model is applied to.
 
   Cheap and pure; call it inside the loss. A leaf of `adapter` that is a plain
-  array (a trained norm, a head; everything, in full fine-tuning) takes the
-  place of the base's.
+  array (a trained norm, a head) takes the place of the base's; full fine-tuning
+  is an empty base under the whole tree.
 
   Args:
     base: frozen parameter tree, quantized or not.
@@ -252,14 +263,14 @@ def attach(
   flat = paths.flatten(base)
   known = paths.flatten(norms) if norms is not None else {}
   for path, node in paths.flatten(adapter).items():
+    if not isinstance(node, Adapter):
+      flat[path] = node
+      continue
     if path not in flat:
       raise ValueError(
         f'the adapter has {path}, the base has not; it has '
         f'{", ".join(paths.near(path, flat))}'
       )
-    if not isinstance(node, Adapter):
-      flat[path] = node
-      continue
     _check_fit(path, node, flat[path])
     keys = None
     if dropout_key is not None and node.spec.dropout:

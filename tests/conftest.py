@@ -5,6 +5,6 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')

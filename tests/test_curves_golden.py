@@ -5,9 +5,10 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 from golden import cases, ours, weights
 
-from qdora_jax import QuantSpec, load_pretrained
+from qdora_jax import QuantSpec, load_pretrained, save_adapter
 
 GOLDEN = json.loads((cases.HERE / 'llama.json').read_text())
 ARRAYS = np.load(cases.HERE / 'llama.npz')
@@ -75,3 +76,24 @@ def test_twenty_steps(folders, name):
   for other, curve in GOLDEN['curves'].items():
     if other != name:
       assert ours.apart(got, np.float64(curve)) > 4e-4, other
+
+
+@pytest.mark.parametrize('method', ['lora', 'dora'])
+def test_adapter_files_are_named_as_pefts(folders, method, tmp_path):
+  _, params = base(folders['tied'], method, False)
+  adapter = ours.adapter(params, method, cases.RANK, cases.ALPHA)
+  save_adapter(tmp_path, adapter)
+  golden = GOLDEN['peft'][method]
+  file = tmp_path / 'adapter_model.safetensors'
+  with safetensors.safe_open(file, 'np') as tensors:
+    shapes = {k: tensors.get_slice(k).get_shape() for k in tensors.keys()}
+    dtypes = {tensors.get_slice(k).get_dtype() for k in tensors.keys()}
+    assert tensors.metadata() == golden['metadata']
+  assert shapes == golden['tensors']
+  assert dtypes == {'F32'}
+  config = json.loads((tmp_path / 'adapter_config.json').read_text())
+  # How modules are named is free; these decide what PEFT computes.
+  free = {'target_modules', 'base_model_name_or_path'}
+  assert set(config) <= set(golden['config'])
+  for key in set(config) - free:
+    assert config[key] == golden['config'][key], key

@@ -15,7 +15,6 @@ a cut-off download as such.
 import mmap
 import os
 import struct
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,8 +85,6 @@ def read_header(path: str | os.PathLike) -> Header:
     FileNotFoundError: there is no such file.
     ValueError: not a GGUF file, an unknown version, or one that ends early.
   """
-  if not Path(path).is_file():
-    raise FileNotFoundError(f'no GGUF file at {path}')
   with open(path, 'rb') as f:
     magic = f.read(8)
     if len(magic) < 8 or magic[:4] != b'GGUF':

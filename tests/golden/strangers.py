@@ -314,3 +314,13 @@ def curve(
     optimizer.step()
     losses.append(loss.item())
   return np.float64(losses)
+
+
+def perturb(model: nn.Module, seed: int) -> nn.Module:
+  """Moves PEFT's B and magnitudes off their initial values."""
+  rng = np.random.RandomState(seed)
+  for name, parameter in sorted(model.named_parameters()):
+    if 'lora_B' in name or 'lora_magnitude' in name:
+      step = rng.standard_normal(parameter.shape).astype(np.float32)
+      parameter.data += 0.05 * torch.from_numpy(step)
+  return model

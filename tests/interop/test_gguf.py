@@ -14,8 +14,12 @@ from qdora_jax.interop.gguf import GGUFCheckpoint
 gguf = pytest.importorskip('gguf', reason="pip install 'qdora_jax[demo]'")
 
 WIDTH, FFN, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 4, 2, 16
-_MERGES = ['h e', 'l l', 'he ll', 'hell o', 'Ġ 1', '1 2', 'Ġ Ġ']
-_SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+# 'hello,' and 'Ġ1' straddle what GPT-2's pattern and 'smollm' keep apart.
+_MERGES = [
+  'h e', 'l l', 'he ll', 'hell o', 'hello ,', 'Ġ 1', '1 2', 'Ġ Ġ',
+]  # fmt: skip
+_SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<file_sep>']
+_WHOLE = ['<think>']  # matched whole, but ordinary text otherwise
 _TEMPLATE = (
   "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
   '<|im_end|>\n{% endfor %}'
@@ -26,7 +30,7 @@ def vocabulary():
   from tokenizers.pre_tokenizers import ByteLevel
 
   merged = [merge.replace(' ', '') for merge in _MERGES]
-  return _SPECIAL + sorted(ByteLevel.alphabet()) + merged
+  return _SPECIAL + _WHOLE + sorted(ByteLevel.alphabet()) + merged
 
 
 def weights():
@@ -76,7 +80,7 @@ def write(path, arch='llama', pre='smollm', without=(), fields=(), tensors=()):
     writer.add_tokenizer_model('gpt2')
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_types([3] * 4 + [4] + [1] * (len(tokens) - 5))
     writer.add_token_merges(_MERGES)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -243,13 +247,13 @@ def test_fingerprint_tells_fine_tunes_apart(path, tmp_path):
 @pytest.mark.parametrize(
   'pre, pieces',
   [
-    ('smollm', ['hello', 'Ġ', '1', '2', 'ĠĠ', '1', 'x']),
-    ('gpt-2', ['hello', 'Ġ1', '2', 'Ġ', 'Ġ1', 'x']),
+    ('smollm', ['hello', ',', 'Ġ', '1', '2', 'ĠĠ', '1', 'x']),
+    ('gpt-2', ['hello', ',', 'Ġ1', '2', 'Ġ', 'Ġ1', 'x']),
   ],
 )
 def test_digits_are_split_as_the_file_says(path, pre, pieces):
   write(path, pre=pre)
-  assert GGUFCheckpoint(path).tokenizer().tokenize('hello 12  1x') == pieces
+  assert GGUFCheckpoint(path).tokenizer().tokenize('hello, 12  1x') == pieces
 
 
 def test_any_text_survives(path):
@@ -263,9 +267,9 @@ def test_special_tokens(path):
   write(path)
   tokenizer = GGUFCheckpoint(path).tokenizer()
   hello = tokenizer.convert_tokens_to_ids('hello')
-  ids = tokenizer.encode('<|im_start|>hello<|im_end|>')
-  assert ids == [1, hello, 2]  # and nothing is added at either end
-  assert tokenizer.decode(ids, skip_special_tokens=True) == 'hello'
+  ids = tokenizer.encode('<|im_start|><file_sep>hello<think><|im_end|>')
+  assert ids == [1, 3, hello, 4, 2]  # and nothing is added at either end
+  assert tokenizer.decode(ids, skip_special_tokens=True) == 'hello<think>'
   assert [
     getattr(tokenizer, f'{role}_token_id')
     for role in ('bos', 'eos', 'pad', 'unk')
