@@ -109,7 +109,7 @@ def factored_squared_norm(
     atw_RxO: A^T W.
     scale: s.
   """
-  cross = jnp.sum(b_RxO * atw_RxO.astype(jnp.float32), axis=-2)
+  cross = jnp.sum(b_RxO * atw_RxO, axis=-2)
   update = jnp.sum(b_RxO * ((a_IxR.T @ a_IxR) @ b_RxO), axis=-2)
   return squared_norm_O + 2 * scale * cross + scale**2 * update
 
@@ -163,13 +163,14 @@ def apply(
   Args:
     x: inputs [..., I].
     w: one layer's leaf: base [I, O], no leading axes.
-    products: `products(x1, x2, ...)` gives (x1 W, x2 W, ...), reading W once.
+    products: `products(x1, x2, ...)` gives (x1 W, x2 W, ...) in float32, reading
+      W once.
     dense: gives W in float32; called only where a dense W is asked for.
   """
   dropped = lora.drop(x, w)
   rows = (x,) if dropped is x else (x, dropped)
   outs = products(*rows, *norm_rows(w))
-  y, turned = outs[0], outs[len(rows) - 1].astype(jnp.float32)
+  turned = outs[len(rows) - 1]
   atw = outs[-1] if norm_rows(w) else None
   g = gain(w, norm(w, atw, dense) if w.norm is None else w.norm)
   g = jnp.broadcast_to(g, turned.shape)
@@ -177,8 +178,7 @@ def apply(
     turned += lora.correction(dropped, w)
   if dropped is x:
     return (g * turned).astype(x.dtype)
-  plain = y.astype(jnp.float32) - outs[1].astype(jnp.float32)
-  return (plain + g * turned).astype(x.dtype)
+  return (outs[0] - outs[1] + g * turned).astype(x.dtype)
 
 
 def merge(w: DoraWeight, base_IxO: jax.Array) -> jax.Array:

@@ -79,7 +79,10 @@ def drop(x: jax.Array, w: Any) -> jax.Array:
 def correction(x: jax.Array, w: Any) -> jax.Array:
   """s (x A) B, [..., I] -> float32 [..., O]; products in x's dtype."""
   low = x @ w.lora_a.astype(x.dtype)
-  return w.scale * (low @ w.lora_b.astype(x.dtype)).astype(jnp.float32)
+  high = jnp.matmul(
+    low, w.lora_b.astype(x.dtype), preferred_element_type=jnp.float32
+  )
+  return w.scale * high
 
 
 def apply(
@@ -90,10 +93,10 @@ def apply(
   Args:
     x: inputs [..., I].
     w: one layer's leaf: base [I, O], no leading axes.
-    products: `products(x1, x2, ...)` gives (x1 W, x2 W, ...).
+    products: `products(x1, x2, ...)` gives (x1 W, x2 W, ...) in float32.
   """
   (y,) = products(x)
-  return (y.astype(jnp.float32) + correction(drop(x, w), w)).astype(x.dtype)
+  return (y + correction(drop(x, w), w)).astype(x.dtype)
 
 
 def merge(w: LoraWeight, base_IxO: jax.Array) -> jax.Array:

@@ -1,0 +1,247 @@
+"""The decoder: caches, padding, packing, remat and dtypes change nothing."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from qdora_jax import AdapterSpec, QuantSpec, attach, init_adapter, paths
+from qdora_jax.attention import NOWHERE, visible
+from qdora_jax.model import Block, Decoder, RMSNorm, init_cache, rope
+
+TOLERANCE = 1e-5
+
+
+def tokens(seed, *shape):
+  draw = np.random.RandomState(seed)
+  return jnp.asarray(draw.randint(3, 256, shape), jnp.int32)
+
+
+def logits(model, params, *args, **kwargs):
+  apply = jax.jit(lambda p, *a: model.apply({'params': p}, *a, **kwargs))
+  return apply(params, *args)
+
+
+@pytest.fixture(scope='module')
+def qdora():
+  """A DoRA over NF4, away from its start: every leaf type but LoRA's."""
+  model, base, _ = tiny.loaded(quant=QuantSpec())
+  adapter = init_adapter(jax.random.key(0), base, AdapterSpec(rank=4))
+  return model, attach(base, tiny.perturbed(adapter))
+
+
+def test_decoding_from_a_cache_is_the_full_forward_pass(qdora):
+  model, params = qdora
+  ids = tokens(0, 2, 9)
+  step = jax.jit(lambda t, c: model.apply({'params': params}, t, cache=c))
+  cache = init_cache(model.config, 2, 11)
+  parts = []
+  for begin, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+    part, cache = step(ids[:, begin:end], cache)
+    parts.append(part)
+  assert int(cache['index']) == 9
+  got = jnp.concatenate(parts, axis=1)
+  assert tiny.relative(got, logits(model, params, ids)) <= TOLERANCE
+
+
+def test_left_padded_rows_are_the_unpadded_rows():
+  model, params, _ = tiny.loaded()
+  rows = [tokens(1, 1, 7), tokens(2, 1, 4)]
+  padded = np.full((2, 7), 9, np.int32)
+  places = np.full((2, 7), NOWHERE, np.int32)
+  for n, row in enumerate(rows):
+    padded[n, 7 - row.shape[1] :] = row[0]
+    places[n, 7 - row.shape[1] :] = np.arange(row.shape[1])
+  got = logits(model, params, jnp.asarray(padded), jnp.asarray(places))
+  assert np.isfinite(got).all()
+  for n, row in enumerate(rows):
+    alone = logits(model, params, row)[0]
+    assert tiny.relative(got[n, 7 - row.shape[1] :], alone) <= TOLERANCE
+
+
+def packed():
+  """Two examples without a common token in one row."""
+  one = jnp.arange(10, 15)[None]
+  two = jnp.arange(20, 24)[None]
+  places = jnp.concatenate([jnp.arange(5), jnp.arange(4)])[None]
+  segments = jnp.asarray([[0] * 5 + [1] * 4])
+  return one, two, jnp.concatenate([one, two], 1), places, segments
+
+
+def test_packed_examples_are_the_same_as_alone():
+  model, params, _ = tiny.loaded()
+  one, two, both, places, segments = packed()
+  got = logits(model, params, both, places, segments)
+  first, second = (logits(model, params, ids) for ids in (one, two))
+  assert tiny.relative(got[:, :5], first) <= TOLERANCE
+  assert tiny.relative(got[:, 5:], second) <= TOLERANCE
+  mixed = logits(model, params, both)
+  assert tiny.relative(mixed[:, 5:], second) > 1e-2
+
+
+@pytest.mark.parametrize('mine', [0, 1])
+def test_no_gradient_crosses_from_one_packed_example_to_the_other(mine):
+  model, params, _ = tiny.loaded()
+  _, _, both, places, segments = packed()
+  # Of the last layer's output: the tied head would touch every embedding.
+  weight = (segments == mine)[..., None] * jnp.arange(1.0, 65.0)[None, None]
+
+  @jax.jit
+  def gradient(embed):
+    def f(embed):
+      tree = {**params, 'embed': embed}
+      x, _ = model.apply(
+        {'params': tree}, both, places, segments, method='hidden'
+      )
+      return jnp.sum(jnp.square(x) * weight)
+
+    return jax.grad(f)(embed)
+
+  rows = np.abs(gradient(params['embed'])['embedding']).max(axis=1)
+  inside = np.asarray(both[segments == mine])
+  assert (rows[inside] > 0).all()
+  assert not np.delete(rows, inside).any()
+
+
+def objective(model):
+  ids = tokens(3, 2, 8)
+
+  def f(params):
+    out = model.apply({'params': params}, ids)
+    return jnp.mean(jnp.square(nn.log_softmax(out)))
+
+  return f
+
+
+def test_remat_changes_neither_loss_nor_gradients(qdora):
+  model, _ = qdora
+  _, base, _ = tiny.loaded(quant=QuantSpec())
+  adapter = init_adapter(jax.random.key(0), base, AdapterSpec(rank=4))
+  adapter = tiny.perturbed(adapter)
+
+  def value_and_grad(remat):
+    f = objective(model.clone(remat=remat))
+    return jax.jit(jax.value_and_grad(lambda a: f(attach(base, a))))(adapter)
+
+  value, grads = value_and_grad('none')
+  for remat in ('dots', 'block'):
+    other, others = value_and_grad(remat)
+    np.testing.assert_allclose(other, value, rtol=1e-6)
+    for a, b in zip(
+      jax.tree.leaves(others), jax.tree.leaves(grads), strict=True
+    ):
+      assert tiny.relative(a, b) <= 1e-4
+
+
+def test_remat_keeps_less_for_the_backward_pass():
+  """Shapes of what jax.vjp keeps, nothing is run."""
+  model, params, _ = tiny.loaded()
+
+  def kept(remat):
+    f = objective(model.clone(remat=remat))
+    pull = jax.eval_shape(lambda p: jax.vjp(f, p)[1], params)
+    return sum(a.size for a in jax.tree.leaves(pull))
+
+  assert kept('none') > 1.05 * kept('dots') > 1.05**2 * kept('block')
+
+
+def test_bfloat16_products_give_float32_logits(qdora):
+  model, params = qdora
+  half = model.clone(dtype=jnp.bfloat16)
+  ids = tokens(4, 2, 8)
+  hidden, _ = logits(half, params, ids, method='hidden')
+  assert hidden.dtype == jnp.bfloat16
+  got = logits(half, params, ids)
+  assert got.dtype == jnp.float32
+  assert np.isfinite(got).all()
+  assert 0 < tiny.relative(got, logits(model, params, ids)) < 0.05
+
+
+def test_the_scan_is_a_loop_over_blocks(qdora):
+  model, params = qdora
+  c = model.config
+  ids = tokens(5, 2, 8)
+  places = jnp.broadcast_to(jnp.arange(8)[None], (2, 8))
+  angles = rope(places, c.head_dim, c.rope_theta)
+  mask = visible(places, places)
+
+  @jax.jit
+  def block(layer, x):
+    return Block(c).apply({'params': layer}, x, angles, mask, None)[0]
+
+  x = params['embed']['embedding'][ids]
+  for n in range(c.layers):
+    x = block(jax.tree.map(lambda a, n=n: a[n], params['layers']), x)
+  x = RMSNorm(c.eps).apply({'params': params['final_norm']}, x)
+  want = x @ params['embed']['embedding'].T
+  assert tiny.relative(logits(model, params, ids), want) <= TOLERANCE
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_parameters_are_where_the_docstring_says(tied):
+  d, f, n, v = 64, 128, 3, 256
+  wide, narrow = (64, 32) if tied else (128, 64)
+  want = {
+    'embed/embedding': (v, d),
+    'layers/attn_norm/scale': (n, d),
+    'layers/attn/q/kernel': (n, d, wide),
+    'layers/attn/k/kernel': (n, d, narrow),
+    'layers/attn/v/kernel': (n, d, narrow),
+    'layers/attn/o/kernel': (n, wide, d),
+    'layers/mlp_norm/scale': (n, d),
+    'layers/mlp/gate/kernel': (n, d, f),
+    'layers/mlp/up/kernel': (n, d, f),
+    'layers/mlp/down/kernel': (n, f, d),
+    'final_norm/scale': (d,),
+  }
+  if not tied:
+    for part, size in zip('qkvo', (wide, narrow, narrow, d), strict=True):
+      want[f'layers/attn/{part}/bias'] = (n, size)
+    want['lm_head/kernel'] = (d, v)
+  model, params, _ = tiny.loaded(tied)
+  made = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  )['params']
+  for tree in (made, params):
+    assert {p: a.shape for p, a in paths.flatten(tree).items()} == want
+
+
+def test_an_untied_head_is_used():
+  model, params, _ = tiny.loaded()
+  untied = Decoder(dataclasses.replace(model.config, tied=False))
+  ids = tokens(6, 1, 5)
+  head = {'kernel': params['embed']['embedding'].T}
+  got = logits(untied, {**params, 'lm_head': head}, ids)
+  assert tiny.relative(got, logits(model, params, ids)) <= TOLERANCE
+  other = logits(untied, {**params, 'lm_head': {'kernel': -head['kernel']}}, ids)
+  np.testing.assert_allclose(other, -got, atol=1e-5)
+
+
+def test_biases_are_added():
+  """With zero kernels out of attention and feed-forward they are all left."""
+  model, params, _ = tiny.loaded(tied=False)
+  flat = paths.flatten(params)
+  for path in ('layers/attn/o/kernel', 'layers/mlp/down/kernel'):
+    flat[path] = jnp.zeros_like(flat[path])
+  ids = tokens(7, 1, 5)
+  tree = {'params': paths.unflatten(flat)}
+  got, _ = model.apply(tree, ids, method='hidden')
+  x = np.asarray(flat['embed/embedding'])[ids]
+  x = x + np.asarray(flat['layers/attn/o/bias']).sum(0)[None, None]
+  x /= np.sqrt(np.mean(x**2, -1, keepdims=True) + model.config.eps)
+  want = x * np.asarray(flat['final_norm/scale'])[None, None]
+  assert tiny.relative(got, want) <= TOLERANCE
+  # q, k and v have theirs too.
+  plain = logits(model, params, ids)
+  for part in 'qkv':
+    flat = paths.flatten(params)
+    path = f'layers/attn/{part}/bias'
+    assert np.abs(flat[path]).max() > 0
+    flat[path] = jnp.zeros_like(flat[path])
+    assert (
+      tiny.relative(logits(model, paths.unflatten(flat), ids), plain) > 1e-3
+    )
