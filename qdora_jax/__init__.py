@@ -1,6 +1,6 @@
 """LoRA, DoRA, QLoRA and QDoRA fine-tuning as pure functions over Flax trees."""
 
-from qdora_jax import nf4
+from qdora_jax import nf4, paths
 from qdora_jax.dora import DoraWeight
 from qdora_jax.interop.peft import load_adapter, save_adapter
 from qdora_jax.linear import linear, materialize
@@ -37,6 +37,7 @@ __all__ = [
   'merge',
   'nf4',
   'norms',
+  'paths',
   'quantize',
   'save_adapter',
 ]

@@ -39,7 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     return 2
   try:
     commands[argv[0]](argv[1:])
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, ImportError) as error:
+    print(f'qdora {argv[0]}: {error}', file=sys.stderr)
+    return 1
+  except RuntimeError as error:
+    # What cannot be fetched; not JAX's own errors, which are subclasses.
+    if type(error) is not RuntimeError:
+      raise
     print(f'qdora {argv[0]}: {error}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:
@@ -59,12 +65,15 @@ def read_config(file: str, overrides: list[str]) -> RunConfig:
   if not Path(file).is_file():
     raise FileNotFoundError(f'--config={file}: no such file')
   values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_file('config', flag_values=values)
+  argv = ['qdora', f'--config={file}', *overrides]
+  holder = config_flags.DEFINE_config_file(
+    'config', flag_values=values, sys_argv=argv
+  )
   try:
-    values(['qdora', f'--config={file}', *overrides])
+    values(argv)
   except (flags.Error, AttributeError, KeyError, TypeError) as error:
     # ml_collections' own words name the key and the nearest one.
-    raise ValueError(re.sub(r'^[\'"]|[\'"]$', '', str(error))) from error
+    raise ValueError(re.sub(r'^([\'"])(.*)\1$', r'\2', str(error))) from error
   return RunConfig.make(holder.value.to_dict())
 
 

@@ -119,6 +119,25 @@ class RunConfig:
       value = getattr(getattr(self, section), field)
       if value not in allowed:
         raise ValueError(f'config.{key}={value!r}: expected one of {allowed}')
+    least = {
+      'data.train_size': 1,
+      'data.eval_size': 1,
+      'quant.block_size': 2,
+      'train.steps': 1,
+      'train.batch_size': 1,
+      'train.seq_len': 0,
+      'train.microbatches': 1,
+      'train.save_every': 1,
+      'optim.warmup_steps': 0,
+      'eval.shots': 0,
+      'eval.batch_size': 1,
+      'eval.max_new_tokens': 1,
+    }
+    for key, low in least.items():
+      section, field = key.split('.')
+      value = getattr(getattr(self, section), field)
+      if value < low:
+        raise ValueError(f'config.{key}={value}: expected at least {low}')
     if self.adapter.method == 'none' and self.quant.format != 'none':
       raise ValueError(
         "config.adapter.method='none' trains every weight, and a quantized "

@@ -72,6 +72,11 @@ def load_task(data: DataSection) -> Task:
   distinct: dict[str, Problem] = {}
   for i in range(len(source)):
     entry = source[i]
+    if entry['answer'] is None:
+      raise ValueError(
+        f'{data.name} gives no answer to learn (many are right): '
+        f'{entry["question"]!r}; choose another config.data.name'
+      )
     question, answer = entry['question'].strip(), str(entry['answer']).strip()
     distinct.setdefault(question, Problem(question, answer, entry))
     if len(distinct) == need:

@@ -163,8 +163,8 @@ def apply(
   Args:
     x: inputs [..., I].
     w: one layer's leaf: base [I, O], no leading axes.
-    products: `products(x1, x2, ...)` gives (x1 W, x2 W, ...) in float32, reading
-      W once.
+    products: `products(x1, x2, ...)` gives (x1 W, x2 W, ...) in float32 and
+      reads W once.
     dense: gives W in float32; called only where a dense W is asked for.
   """
   dropped = lora.drop(x, w)

@@ -47,14 +47,16 @@ def generate(
   """
   if not prompts or not all(prompts):
     raise ValueError('generate: expected prompts of at least one token each')
+  if max_new_tokens < 1:
+    raise ValueError(f'max_new_tokens={max_new_tokens}: expected at least 1')
   if temperature > 0 and key is None:
     raise ValueError(f'temperature={temperature} needs a PRNG key')
   # At least one token of each prompt stays behind what is shared.
   columns = zip(*(p[:-1] for p in prompts), strict=False)
   alike = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
-  shared = sum(1 for _ in alike)
+  # Lengths in eights, here and below, so that few shapes are compiled.
+  shared = sum(1 for _ in alike) // 8 * 8
   rest = [list(p[shared:]) for p in prompts]
-  # Lengths in eights, so that few shapes are compiled.
   width = -(-max(map(len, rest)) // 8) * 8
   tokens = np.zeros((len(rest), width), np.int32)
   positions = np.full((len(rest), width), NOWHERE, np.int32)

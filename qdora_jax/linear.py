@@ -19,11 +19,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from qdora_jax import dora, lora, nf4
 from qdora_jax.dora import DoraWeight
 from qdora_jax.lora import LoraWeight
 from qdora_jax.nf4 import NF4Array
+
+# Name of every product with a base, for rematerialization policies.
+PRODUCT = 'product'
 
 
 def linear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
@@ -110,8 +114,10 @@ def _products(
   """Each row's product with one reading of the base, in dtype `out`."""
   dtype = rows[0].dtype
   if isinstance(base, NF4Array):
-    return _nf4_products((dtype, jnp.dtype(out)), rows, base)
-  return _multiply(rows, materialize(base, dtype), out)
+    outs = _nf4_products((dtype, jnp.dtype(out)), rows, base)
+  else:
+    outs = _multiply(rows, materialize(base, dtype), out)
+  return tuple(checkpoint_name(y, PRODUCT) for y in outs)
 
 
 def _multiply(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdora_jax.attention import NOWHERE, attention, visible
-from qdora_jax.linear import linear
+from qdora_jax.linear import PRODUCT, linear
 
 Remat = Literal['none', 'dots', 'block']
 
@@ -159,7 +159,7 @@ class Decoder(nn.Module):
     config: shapes and constants.
     dtype: compute dtype of activations and products; logits are float32.
     remat: what the backward pass finds of a layer: 'none' keeps everything,
-      'dots' the results of products, 'block' the layer's input alone.
+      'dots' the products with the base, 'block' the layer's input alone.
   """
 
   config: ModelConfig
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
     self.embed = nn.Embed(c.vocab, c.width, name='embed')
     block = Block
     if self.remat != 'none':
-      keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      keep = jax.checkpoint_policies.save_only_these_names(PRODUCT)
       policy = keep if self.remat == 'dots' else None
       block = nn.remat(Block, prevent_cse=False, policy=policy)
     self.layers = nn.scan(

@@ -92,7 +92,7 @@ def make_step(
       (value, grads), _ = jax.lax.scan(accumulate, zero, (parts, keys))
     updates, opt_state = optimizer.update(grads, opt_state, trained)
     trained = optax.apply_updates(trained, updates)
-    seen = {'loss': value, 'grad_norm': optax.global_norm(grads)}
+    seen = {'loss': value, 'grad_norm': optax.tree.norm(grads)}
     return trained, opt_state, seen
 
   return jax.jit(step, donate_argnums=(0, 1))
@@ -129,6 +129,11 @@ class Run:
       dtype=jnp.dtype(config.model.dtype),
       remat=config.model.remat,
     )
+    if tokenizer is None:
+      raise ValueError(
+        f'{config.model.name} has no tokenizer (tokenizer.json); expected one '
+        'with a chat template'
+      )
     if spec is None:
       base, trained = {}, base
     else:
@@ -196,7 +201,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
   scores[label] = run.evaluate(run.params(), label=label)
   _save_scores(workdir, scores)
 
-  if run.base:
+  # PEFT has no form for magnitudes alone.
+  if run.base and config.adapter.method != 'magnitude':
     save_adapter(workdir / 'adapter', run.trained, config.model.name)
   title = f'{config.adapter.method} on {config.data.name}'
   rows = read_log(workdir / 'metrics.jsonl')
@@ -245,27 +251,29 @@ def _fit(run: Run, batches: Batches) -> None:
   step = make_step(run.model, optimizer, config.train.microbatches)
   fixed = jax.jit(norms)(run.base, run.trained)
   progress = Progress(start, config.train.steps)
-  for n in range(start, config.train.steps):
-    began = time.perf_counter()
-    batch = batches(n)
-    key = jax.random.fold_in(jax.random.key(config.seed + 1), n)
-    *state, seen = step(*state, run.base, fixed, batch, key)
-    seen = jax.device_get(seen)
-    seconds = time.perf_counter() - began
-    row = {
-      'step': n + 1,
-      'loss': float(seen['loss']),
-      'lr': float(rate(n)),
-      'grad_norm': float(seen['grad_norm']),
-      'tokens_per_second': batch['tokens'].size / seconds,
-      'memory_bytes': peak_memory(),
-    }
-    log.write(**row)
-    progress.show(n + 1, row)
-    if (n + 1) % config.train.save_every == 0 or n + 1 == config.train.steps:
-      checkpoints.save(n + 1, tuple(state), run.fingerprint)
-  progress.close()
-  checkpoints.close()
+  try:
+    for n in range(start, config.train.steps):
+      began = time.perf_counter()
+      batch = batches(n)
+      key = jax.random.fold_in(jax.random.key(config.seed + 1), n)
+      *state, seen = step(*state, run.base, fixed, batch, key)
+      seen = jax.device_get(seen)
+      seconds = time.perf_counter() - began
+      row = {
+        'step': n + 1,
+        'loss': float(seen['loss']),
+        'lr': float(rate(n)),
+        'grad_norm': float(seen['grad_norm']),
+        'tokens_per_second': batch['tokens'].size / seconds,
+        'memory_bytes': peak_memory(),
+      }
+      log.write(**row)
+      progress.show(n + 1, row)
+      if (n + 1) % config.train.save_every == 0 or n + 1 == config.train.steps:
+        checkpoints.save(n + 1, tuple(state), run.fingerprint)
+  finally:
+    progress.close()
+    checkpoints.close()
   run.trained = state[0]
 
 

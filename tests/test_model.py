@@ -1,6 +1,7 @@
 """The decoder: caches, padding, packing, remat and dtypes change nothing."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import AdapterSpec, QuantSpec, attach, init_adapter, paths
 from qdora_jax.attention import NOWHERE, visible
@@ -21,9 +23,10 @@ def tokens(seed, *shape):
   return jnp.asarray(draw.randint(3, 256, shape), jnp.int32)
 
 
-def logits(model, params, *args, **kwargs):
-  apply = jax.jit(lambda p, *a: model.apply({'params': p}, *a, **kwargs))
-  return apply(params, *args)
+@functools.partial(jax.jit, static_argnums=0, static_argnames='method')
+def logits(model, params, *args, method=None):
+  """Compiled once per shape: most tests give 2 x 8 tokens."""
+  return model.apply({'params': params}, *args, method=method)
 
 
 @pytest.fixture(scope='module')
@@ -50,43 +53,45 @@ def test_decoding_from_a_cache_is_the_full_forward_pass(qdora):
 
 def test_left_padded_rows_are_the_unpadded_rows():
   model, params, _ = tiny.loaded()
-  rows = [tokens(1, 1, 7), tokens(2, 1, 4)]
-  padded = np.full((2, 7), 9, np.int32)
-  places = np.full((2, 7), NOWHERE, np.int32)
-  for n, row in enumerate(rows):
-    padded[n, 7 - row.shape[1] :] = row[0]
-    places[n, 7 - row.shape[1] :] = np.arange(row.shape[1])
+  lengths = (8, 5)
+  # What stands behind a row changes nothing in it.
+  rows = tokens(1, 2, 8)
+  padded = np.full((2, 8), 9, np.int32)
+  places = np.full((2, 8), NOWHERE, np.int32)
+  for n, length in enumerate(lengths):
+    padded[n, 8 - length :] = rows[n, :length]
+    places[n, 8 - length :] = np.arange(length)
   got = logits(model, params, jnp.asarray(padded), jnp.asarray(places))
   assert np.isfinite(got).all()
-  for n, row in enumerate(rows):
-    alone = logits(model, params, row)[0]
-    assert tiny.relative(got[n, 7 - row.shape[1] :], alone) <= TOLERANCE
+  want = logits(model, params, rows)
+  for n, length in enumerate(lengths):
+    assert tiny.relative(got[n, 8 - length :], want[n, :length]) <= TOLERANCE
 
 
 def packed():
-  """Two examples without a common token in one row."""
-  one = jnp.arange(10, 15)[None]
-  two = jnp.arange(20, 24)[None]
-  places = jnp.concatenate([jnp.arange(5), jnp.arange(4)])[None]
-  segments = jnp.asarray([[0] * 5 + [1] * 4])
-  return one, two, jnp.concatenate([one, two], 1), places, segments
+  """Two examples of four, without a common token, in one of two rows."""
+  both = jnp.stack([jnp.arange(10, 18), jnp.arange(20, 28)])
+  places = jnp.tile(jnp.arange(4), (2, 2))
+  segments = jnp.repeat(jnp.asarray([[0, 1], [0, 1]]), 4, axis=1)
+  return both, places, segments
 
 
 def test_packed_examples_are_the_same_as_alone():
   model, params, _ = tiny.loaded()
-  one, two, both, places, segments = packed()
+  both, places, segments = packed()
   got = logits(model, params, both, places, segments)
-  first, second = (logits(model, params, ids) for ids in (one, two))
-  assert tiny.relative(got[:, :5], first) <= TOLERANCE
-  assert tiny.relative(got[:, 5:], second) <= TOLERANCE
-  mixed = logits(model, params, both)
-  assert tiny.relative(mixed[:, 5:], second) > 1e-2
+  # The second example at the beginning of a row, and alone up to its end.
+  alone = logits(model, params, jnp.roll(both, 4, axis=1))[:, :4]
+  first = logits(model, params, both)
+  assert tiny.relative(got[:, :4], first[:, :4]) <= TOLERANCE
+  assert tiny.relative(got[:, 4:], alone) <= TOLERANCE
+  assert tiny.relative(first[:, 4:], alone) > 1e-2
 
 
 @pytest.mark.parametrize('mine', [0, 1])
 def test_no_gradient_crosses_from_one_packed_example_to_the_other(mine):
   model, params, _ = tiny.loaded()
-  _, _, both, places, segments = packed()
+  both, places, segments = packed()
   # Of the last layer's output: the tied head would touch every embedding.
   weight = (segments == mine)[..., None] * jnp.arange(1.0, 65.0)[None, None]
 
@@ -120,8 +125,8 @@ def objective(model):
 def test_remat_changes_neither_loss_nor_gradients(qdora):
   model, _ = qdora
   _, base, _ = tiny.loaded(quant=QuantSpec())
-  adapter = init_adapter(jax.random.key(0), base, AdapterSpec(rank=4))
-  adapter = tiny.perturbed(adapter)
+  spec = AdapterSpec(rank=4, targets=r'.*/(q|down)/kernel')
+  adapter = tiny.perturbed(init_adapter(jax.random.key(0), base, spec))
 
   def value_and_grad(remat):
     f = objective(model.clone(remat=remat))
@@ -213,11 +218,13 @@ def test_parameters_are_where_the_docstring_says(tied):
 def test_an_untied_head_is_used():
   model, params, _ = tiny.loaded()
   untied = Decoder(dataclasses.replace(model.config, tied=False))
-  ids = tokens(6, 1, 5)
+  ids = tokens(6, 2, 8)
   head = {'kernel': params['embed']['embedding'].T}
   got = logits(untied, {**params, 'lm_head': head}, ids)
   assert tiny.relative(got, logits(model, params, ids)) <= TOLERANCE
-  other = logits(untied, {**params, 'lm_head': {'kernel': -head['kernel']}}, ids)
+  other = logits(
+    untied, {**params, 'lm_head': {'kernel': -head['kernel']}}, ids
+  )
   np.testing.assert_allclose(other, -got, atol=1e-5)
 
 
@@ -227,9 +234,9 @@ def test_biases_are_added():
   flat = paths.flatten(params)
   for path in ('layers/attn/o/kernel', 'layers/mlp/down/kernel'):
     flat[path] = jnp.zeros_like(flat[path])
-  ids = tokens(7, 1, 5)
-  tree = {'params': paths.unflatten(flat)}
-  got, _ = model.apply(tree, ids, method='hidden')
+  ids = tokens(7, 2, 8)
+  tree = paths.unflatten(flat)
+  got, _ = logits(model, tree, ids, method='hidden')
   x = np.asarray(flat['embed/embedding'])[ids]
   x = x + np.asarray(flat['layers/attn/o/bias']).sum(0)[None, None]
   x /= np.sqrt(np.mean(x**2, -1, keepdims=True) + model.config.eps)

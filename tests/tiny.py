@@ -4,12 +4,14 @@ import functools
 import importlib.util
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tokenizers
 from golden import weights
 
@@ -188,3 +190,12 @@ def relative(got: Any, want: Any) -> float:
   got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
   assert got.shape == want.shape
   return np.abs(got - want).max() / np.abs(want).max()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compiles() -> Iterator[None]:
+  """Import it into a module whose time is XLA's: half of it is saved."""
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)

@@ -12,14 +12,24 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
   config = _base()
+  # Reverse a list of three to eight words; no answer occurs twice.
   config.data.name = 'reasoning_gym/word_sequence_reversal'
-  config.data.system = ' '
-  config.train.steps = 100
-  config.model.remat = 'none'
+  config.data.system = 'Answer with the list alone.'
+  config.data.answer_pattern = r'[^,\s]+(, [^,\s]+)+'
+  # Problems that no setting below was chosen on.
+  config.data.seed = 20261123
+  config.data.train_size = 640
+  config.data.eval_size = 200
+  # Short examples: keeping the products costs .5 GB and saves a forward pass.
+  config.model.remat = 'dots'
+  config.train.steps = 80
+  config.train.batch_size = 8
+  config.train.save_every = 20
   config.optim.lr = 1e-3
   config.optim.schedule = 'linear'
   config.optim.warmup_steps = 5
-  config.eval.max_new_tokens = 40
+  config.optim.clip = 1.0
+  config.eval.max_new_tokens = 32
   return config
 
 

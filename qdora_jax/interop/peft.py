@@ -134,6 +134,9 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
         f'{directory}: {option}={config[option]!r} is not supported; '
         f'supported: {values[0]!r}'
       )
+  for option in ('lora_alpha', 'lora_dropout'):
+    if option not in config:
+      raise ValueError(f'{directory}: {_CONFIG} has no {option!r}')
   with safetensors.safe_open(directory / _WEIGHTS, framework='numpy') as reader:
     tensors = {k: reader.get_tensor(k) for k in reader.keys()}
   # On disk the magnitude has no '.weight'; older files have it.
@@ -146,7 +149,14 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
   found: dict[str, dict[str, np.ndarray]] = {}
   for key, value in tensors.items():
     module, _, part = key.partition('\0')
+    if part not in ('A', 'B', 'magnitude_vector'):
+      raise ValueError(
+        f'{directory}: {module}.lora_{part} is not understood; expected '
+        'lora_A, lora_B and lora_magnitude_vector'
+      )
     found.setdefault(module, {})[part] = value
+  if not any('A' in parts for parts in found.values()):
+    raise ValueError(f'{directory}: {_WEIGHTS} holds no lora_A')
   flat = paths.flatten(base)
   where = {
     hf.module_name(name.rsplit('/', 1)[0]): (path, name)
@@ -233,7 +243,9 @@ def _spec(
 def _regex(names: Iterable[str], every: set[str]) -> str:
   """A rule for exactly these names; short if they are in all layers."""
   names = set(names)
-  inner = sorted({name.split('/', 2)[2] for name in names if '/' in name})
+  inner = sorted(
+    {name.split('/', 2)[2] for name in names if name.count('/') > 1}
+  )
   short = rf'layers/\d+/(?:{"|".join(inner)})'
   if {name for name in every if re.fullmatch(short, name)} == names:
     return short

@@ -1,0 +1,158 @@
+"""The door: every key accounted for, every refusal says what and where."""
+
+import dataclasses
+
+import pytest
+import tiny
+
+from qdora_jax import AdapterSpec, QuantSpec
+from qdora_jax.config import RunConfig
+
+
+def test_base_py_lists_every_key():
+  values = tiny.config('none')
+  config = RunConfig.make(values)
+
+  def compare(mine, theirs):
+    assert {f.name for f in dataclasses.fields(mine)} == theirs.keys()
+    for name, value in theirs.items():
+      field = getattr(mine, name)
+      if dataclasses.is_dataclass(field):
+        compare(field, value)
+      else:
+        assert field == value
+
+  compare(config, values)
+
+
+def test_sections_become_specs():
+  config = tiny.run_config('none', **{'adapter.rank_pattern': {'.*/q/.*': 2}})
+  spec = config.adapter.spec()
+  assert isinstance(spec, AdapterSpec)
+  assert (spec.method, spec.rank, spec.alpha) == ('dora', 4, 8.0)
+  assert spec.rank_of('layers/0/attn/q/kernel') == 2
+  assert config.quant.spec() == QuantSpec()
+  config = tiny.run_config(
+    'none', **{'adapter.method': 'none', 'quant.format': 'none'}
+  )
+  assert config.adapter.spec() is None
+  assert config.quant.spec() is None
+
+
+def changed(key, value, drop=False):
+  values = tiny.config('none')
+  *section, last = key.split('.')
+  node = values[section[0]] if section else values
+  if drop:
+    del node[last]
+  else:
+    node[last] = value
+  return values
+
+
+@pytest.mark.parametrize(
+  'key, words',
+  [
+    ('adapter.rnak', r'config\.adapter\.rnak is no key; .*adapter\.rank\?'),
+    ('optim.learning', r'config\.optim\.learning is no key .*keys: lr, sch'),
+    ('trian', r'config\.trian is no key; did you mean config\.train\?'),
+  ],
+)
+def test_an_unknown_key_names_the_nearest(key, words):
+  with pytest.raises(ValueError, match=words):
+    RunConfig.make(changed(key, 1))
+
+
+@pytest.mark.parametrize(
+  'key, value, words',
+  [
+    ('train.steps', '3', "config.train.steps='3' is of type str, expected int"),
+    ('train.steps', 3.0, 'config.train.steps=3.0 is of type float, .* int'),
+    ('train.steps', True, 'config.train.steps=True is of type bool, .* int'),
+    ('optim.lr', True, 'config.optim.lr=True is of type bool, expected float'),
+    ('quant.double_quant', 1, 'double_quant=1 is of type int, expected bool'),
+    ('data.options', 'x', "data.options='x' is of type str, expected Mapping"),
+    ('seed', None, 'config.seed=None is of type NoneType, expected int'),
+    ('train', 3, 'config.train: expected a section, got 3'),
+  ],
+)
+def test_a_wrong_type_is_named(key, value, words):
+  with pytest.raises(ValueError, match=words):
+    RunConfig.make(changed(key, value))
+
+
+def test_a_whole_number_is_a_float_too():
+  config = RunConfig.make(changed('adapter.alpha', 3))
+  assert config.adapter.alpha == 3.0
+  assert isinstance(config.adapter.alpha, float)
+
+
+@pytest.mark.parametrize('key', ['seed', 'train', 'data.path', 'optim.lr'])
+def test_a_missing_key_is_named(key):
+  *section, last = key.split('.')
+  where = '.'.join(['config', *section])
+  with pytest.raises(ValueError, match=f'^{where} lacks {last}$'):
+    RunConfig.make(changed(key, None, drop=True))
+
+
+@pytest.mark.parametrize(
+  'key, expected',
+  [
+    ('model.dtype', 'bfloat16'),
+    ('model.remat', 'block'),
+    ('quant.format', 'nf4'),
+    ('adapter.method', 'dora'),
+    ('optim.schedule', 'cosine'),
+  ],
+)
+def test_a_value_that_is_no_choice_lists_them(key, expected):
+  words = f"config.{key}='int3': expected one of .*'{expected}'"
+  with pytest.raises(ValueError, match=words):
+    RunConfig.make(changed(key, 'int3'))
+
+
+def test_full_fine_tuning_of_a_quantized_base_is_refused_with_the_reason():
+  words = 'method=\'none\'.*a quantized weight cannot be trained.*format="none"'
+  with pytest.raises(ValueError, match=words):
+    RunConfig.make(changed('adapter.method', 'none'))
+
+
+def test_microbatches_divide_the_batch():
+  words = r'microbatches=3 does not divide config\.train\.batch_size=8'
+  with pytest.raises(ValueError, match=words):
+    RunConfig.make(changed('train.microbatches', 3))
+
+
+@pytest.mark.parametrize(
+  'key, value',
+  [
+    ('train.steps', -1),
+    ('train.batch_size', 0),
+    ('train.seq_len', -1),
+    ('train.microbatches', 0),
+    ('train.save_every', 0),
+    ('eval.batch_size', 0),
+    ('eval.max_new_tokens', 0),
+    ('eval.shots', -1),
+    ('data.eval_size', 0),
+    ('data.train_size', 0),
+    ('optim.warmup_steps', -1),
+    ('quant.block_size', 0),
+  ],
+)
+def test_a_number_out_of_range_is_refused(key, value):
+  with pytest.raises(ValueError, match=rf'{key}={value}'):
+    RunConfig.make(changed(key, value))
+
+
+@pytest.mark.parametrize(
+  'key, value, words',
+  [
+    ('adapter.rank', 0, 'rank=0: expected at least 1'),
+    ('adapter.alpha', 0.0, 'alpha=0.0: expected more than 0'),
+    ('adapter.dropout', 1.0, 'dropout=1.0: expected 0 <= dropout < 1'),
+  ],
+)
+def test_what_the_adapter_refuses_is_refused_at_the_door(key, value, words):
+  with pytest.raises(ValueError, match=words):
+    RunConfig.make(changed(key, value))

@@ -1,0 +1,108 @@
+"""Intervals as published, and exact match as the task's judge has it."""
+
+import pytest
+import tiny
+
+from qdora_jax import data, evaluate
+from qdora_jax.evaluate import Score, wilson
+
+
+# Newcombe 1998 (Statistics in Medicine 17:857), table I, method 3; the tens:
+# Brown, Cai and DasGupta 2001's formula worked out by hand.
+@pytest.mark.parametrize(
+  'right, total, low, high',
+  [
+    (81, 263, 0.2553, 0.3662),
+    (15, 148, 0.0624, 0.1605),
+    (0, 20, 0.0, 0.1611),
+    (1, 29, 0.0061, 0.1718),
+    (0, 10, 0.0, 0.2775),
+    (5, 10, 0.2366, 0.7634),
+    (10, 10, 0.7225, 1.0),
+  ],
+)
+def test_wilson(right, total, low, high):
+  assert wilson(right, total) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_other_levels():
+  # z = 1: (p + 1/2n +- sqrt(p q / n + 1/4n^2)) / (1 + 1/n), p = 1/2, n = 3.
+  assert wilson(3, 6, z=1.0) == pytest.approx(
+    (0.5 - 0.5 * 7**-0.5, 0.5 + 0.5 * 7**-0.5)
+  )
+
+
+def test_a_score_in_words():
+  score = Score(81, 200, 263)
+  assert score.mean == 81 / 263
+  assert score.interval == wilson(81, 263)
+  words = '30.8% right (95% interval 25.5% to 36.6%, n=263); 76% parseable'
+  assert str(score) == words
+
+
+def run(monkeypatch, say, **options):
+  """exact_match with a model that says say(question) to each question."""
+  tokenizer = tiny.loaded()[2]
+  section = tiny.run_config('none').data
+  monkeypatch.setattr(
+    data.reasoning_gym, 'load', lambda _, size, *__: tiny.Sums(size, 0)
+  )
+  task = data.load_task(section)
+  calls = []
+
+  def answer(model, params, prompts, count, *, stop):
+    texts = [tokenizer.decode(p) for p in prompts]
+    calls.append((model, params, texts, count, stop))
+    words = [say(t.split('u:')[-1].partition('\n')[0]) for t in texts]
+    return [tokenizer.encode(w, add_special_tokens=False) for w in words]
+
+  monkeypatch.setattr(evaluate, 'generate', answer)
+  score = evaluate.exact_match(
+    'model', 'params', tokenizer, task, section, **options
+  )
+  return score, calls, task
+
+
+ANSWERS = {'0+0=': '0', '1+0=': '2', '2+0=': 'two', '3+0=': ' 3 ', '4+0=': ''}
+
+
+def test_exact_match_counts_right_and_wellformed_answers(monkeypatch):
+  score, calls, _ = run(
+    monkeypatch,
+    lambda q: ANSWERS.get(q, '5'),
+    batch_size=4,
+    max_new_tokens=7,
+  )
+  # Right: 0, ' 3 ' and 5. Not well-formed: 'two' and ''.
+  assert (score.right, score.parseable, score.total) == (3, 4, 6)
+  assert score.samples == (
+    ('0+0=', '0', '0'),
+    ('1+0=', '2', '1'),
+    ('2+0=', 'two', '2'),
+  )
+  assert [len(texts) for _, _, texts, *_ in calls] == [4, 2]
+  assert calls[0][2][0] == 'u:0+0=\na:'
+  for model, params, _, count, stop in calls:
+    assert (model, params, count, stop) == ('model', 'params', 7, [tiny.EOS])
+
+
+def test_solved_problems_stand_before_each_question(monkeypatch):
+  score, calls, task = run(monkeypatch, lambda q: q[0])
+  assert score.right == score.total == 6
+  shots = task.train[:2]
+  assert [s.question for s in shots] == ['6+0=', '7+0=']
+  _, calls, _ = run(monkeypatch, lambda q: q[0], shots=shots)
+  ((_, _, texts, _, _),) = calls
+  assert texts[1] == 'u:6+0=\na:6</s>u:7+0=\na:7</s>u:1+0=\na:'
+
+
+def test_progress_sees_every_batch(monkeypatch):
+  starts = []
+
+  def progress(parts):
+    for part in parts:
+      starts.append(part)
+      yield part
+
+  run(monkeypatch, lambda q: q, batch_size=2, progress=progress)
+  assert starts == [0, 2, 4]

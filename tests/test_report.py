@@ -1,0 +1,94 @@
+"""The table before training tells the truth; the picture is a picture."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import pytest
+import tiny
+
+from qdora_jax import AdapterSpec, QuantSpec, init_adapter, paths
+from qdora_jax.evaluate import Score
+from qdora_jax.report import describe, nbytes, plot
+
+# Layers x (q, k, v, o, gate, up, down) of the tied tiny model.
+KERNELS = 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)
+REST = 256 * 64 + 3 * 2 * 64 + 64
+
+
+def rows(text):
+  """{path: cells} of describe's table."""
+  lines = [re.split(r'\s{2,}', line) for line in text.splitlines()]
+  assert lines[0] == ['parameter', 'shape', 'stored as', 'bytes', 'trained']
+  return {line[0]: line[1:] for line in lines[1:] if len(line) > 3}
+
+
+def test_bytes_are_what_arrays_take():
+  tree = {'a': jnp.zeros((3, 5), jnp.bfloat16), 'b': jnp.zeros(7, jnp.uint8)}
+  assert nbytes(tree) == 37
+
+
+def test_a_table_of_qdora():
+  _, base, _ = tiny.loaded(quant=QuantSpec(double_quant=False))
+  spec = AdapterSpec(
+    rank=4, targets=r'.*/(q|up)/kernel', rank_pattern={r'layers/2/.*': 2}
+  )
+  adapter = init_adapter(jax.random.key(0), base, spec)
+  text = describe(base, adapter, QuantSpec(double_quant=False))
+  table = rows(text)
+  assert table.keys() == paths.flatten(base).keys()
+  q = table['layers/attn/q/kernel']
+  # Half a byte a weight and four bytes a block of 64.
+  size = 3 * 64 * 64 // 2 + 3 * 64 * 4
+  assert q[0] == '3 x 64 x 64'
+  assert q[2:] == [f'{size:,}', 'dora r=2/4']
+  assert 'nf4' in q[1]
+  embed = table['embed/embedding']
+  assert embed[0] == '256 x 64'
+  assert embed[2:] == [f'{256 * 64 * 4:,}']
+  # A, B and magnitude of q and up, padded to rank 4.
+  trained = 3 * (4 * (64 + 64) + 64 + 4 * (64 + 128) + 128)
+  total = KERNELS + REST
+  whole = KERNELS // 2 + KERNELS // 64 * 4 + REST * 4
+  assert text.splitlines()[-1] == (
+    f'base {whole / 1e6:.1f} MB, trained {trained:,} parameters '
+    f'({trained / total:.2%} of {total:,}), {trained * 4 / 1e6:.1f} MB'
+  )
+
+
+def test_a_table_of_some_layers_and_kernels_left_as_they_are():
+  _, base, _ = tiny.loaded(quant=QuantSpec(block_size=128))
+  spec = AdapterSpec('lora', 4, targets=r'layers/[12]/mlp/up/kernel')
+  adapter = init_adapter(jax.random.key(0), base, spec)
+  text = describe(base, adapter, QuantSpec(block_size=128))
+  table = rows(text)
+  assert table['layers/mlp/up/kernel'][3] == 'lora r=4 (2 layers)'
+  left = re.findall(
+    r'left in full precision: (\S+): block_size=128 .*I=64', text
+  )
+  # Only down has an in axis of 128.
+  kernels = {p for p in table if p.endswith('kernel')}
+  assert set(left) == kernels - {'layers/mlp/down/kernel'}
+  assert 'nf4' in table['layers/mlp/down/kernel'][1]
+  assert 'nf4' not in table['layers/mlp/up/kernel'][1]
+
+
+def test_a_table_of_full_fine_tuning():
+  _, params, _ = tiny.loaded()
+  text = describe({}, params)
+  total = KERNELS + REST
+  assert {cells[3] for cells in rows(text).values()} == {'all of it'}
+  assert f'trained {total:,} parameters (100.00% of {total:,})' in text
+  assert f'{total * 4 / 1e6:.1f} MB' in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize('steps', [1, 2, 40])
+def test_curves_are_a_picture(tmp_path, steps):
+  path = tmp_path / 'curves.png'
+  log = [{'step': n + 1, 'loss': 2 / (n + 1)} for n in range(steps)]
+  scores = {'zero-shot': Score(0, 5, 10), 'fine-tuned': Score(10, 10, 10)}
+  plot(path, [{'note': 'no loss'}, *log], scores, 'title')
+  picture = matplotlib.image.imread(path)
+  assert picture.shape == (432, 1080, 4)
+  assert picture[..., :3].std() > 0.01
