@@ -46,7 +46,6 @@ def linear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     >>> linear(jnp.ones((5, 64)), w).shape
     (5, 32)
   """
-
   if isinstance(w, DoraWeight):
     y = dora.apply(x, w, *_readers(w.base, x.dtype))
   elif isinstance(w, LoraWeight):

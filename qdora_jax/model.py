@@ -112,16 +112,19 @@ class Attention(nn.Module):
 
     q = rotate(heads('q', c.heads), rope)
     k, v = rotate(heads('k', c.kv_heads), rope), heads('v', c.kv_heads)
+    new = None
     if cache is not None:
-      k = jax.lax.dynamic_update_slice(
-        cache['k'], k.astype(cache['k'].dtype), (0, cache['index'], 0, 0)
-      )
-      v = jax.lax.dynamic_update_slice(
-        cache['v'], v.astype(cache['v'].dtype), (0, cache['index'], 0, 0)
-      )
-      cache = {**cache, 'k': k, 'v': v}
+      new = {'k': k.astype(cache['k'].dtype), 'v': v.astype(cache['v'].dtype)}
+      k, v = (_write(cache[n], new[n], 1, cache['index']) for n in ('k', 'v'))
     y = attention(q, k, v, mask).reshape(*batch, -1)
-    return Linear(width, c.attn_bias, name='o')(y), cache
+    return Linear(width, c.attn_bias, name='o')(y), new
+
+
+def _write(
+  to: jax.Array, new: jax.Array, axis: int, index: jax.Array
+) -> jax.Array:
+  """Puts new keys, values or positions at their place along an axis."""
+  return jax.lax.dynamic_update_slice_in_dim(to, new, index, axis)
 
 
 class MLP(nn.Module):
@@ -138,7 +141,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer, as nn.scan wants it: (carry, ...) -> (carry, out)."""
+  """One layer, as nn.scan wants it: (x, ...) -> (x, new keys and values)."""
 
   config: ModelConfig
 
@@ -146,10 +149,10 @@ class Block(nn.Module):
   def __call__(self, x_BxLxD, rope, mask, cache):
     c = self.config
     y = RMSNorm(c.eps, name='attn_norm')(x_BxLxD)
-    y, cache = Attention(c, name='attn')(y, rope, mask, cache)
+    y, new = Attention(c, name='attn')(y, rope, mask, cache)
     x_BxLxD = x_BxLxD + y
     y = RMSNorm(c.eps, name='mlp_norm')(x_BxLxD)
-    return x_BxLxD + MLP(c, name='mlp')(y), cache
+    return x_BxLxD + MLP(c, name='mlp')(y), new
 
 
 class Decoder(nn.Module):
@@ -220,19 +223,18 @@ class Decoder(nn.Module):
       )
     keys, kv = positions_BxL, None
     if cache is not None:
-      keys = jax.lax.dynamic_update_slice(
-        cache['positions'], positions_BxL, (0, cache['index'])
-      )
+      keys = _write(cache['positions'], positions_BxL, 1, cache['index'])
       index = jnp.broadcast_to(cache['index'], (c.layers,))
       kv = {'k': cache['k'], 'v': cache['v'], 'index': index}
     mask = visible(positions_BxL, keys, segments_BxL, segments_BxL)
     angles = rope(positions_BxL, c.head_dim, c.rope_theta)
     x = self.embed(tokens_BxL).astype(self.dtype)
-    x, kv = self.layers(x, angles, mask, kv)
+    x, new = self.layers(x, angles, mask, kv)
     if cache is not None:
+      # Written once for all layers: in a loop, in place.
       cache = {
-        'k': kv['k'],
-        'v': kv['v'],
+        'k': _write(cache['k'], new['k'], 2, cache['index']),
+        'v': _write(cache['v'], new['v'], 2, cache['index']),
         'positions': keys,
         'index': cache['index'] + tokens_BxL.shape[1],
       }

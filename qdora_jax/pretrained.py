@@ -15,6 +15,7 @@ import numpy as np
 from qdora_jax import nf4, paths, transforms
 from qdora_jax.interop import gguf, hf, pypi
 from qdora_jax.model import Decoder, Remat
+from qdora_jax.sharding import shard
 from qdora_jax.specs import AdapterSpec, QuantSpec
 
 
@@ -65,6 +66,7 @@ def load_pretrained(
   quant: QuantSpec | None = None,
   adapter: AdapterSpec | None = None,
   dtype: Any = jnp.float32,
+  mesh: jax.sharding.Mesh | None = None,
   *,
   remat: Remat = 'block',
   key: jax.Array | None = None,
@@ -76,6 +78,8 @@ def load_pretrained(
     quant: what to quantize while loading; None for nothing.
     adapter: makes an adapter too.
     dtype: of the model's products and of what stays unquantized.
+    mesh: from `make_mesh`; every array is placed on it as it is read. None
+      puts it on the default device.
     remat: the decoder's rematerialization.
     key: PRNG key for the adapter; key(0) if None.
 
@@ -126,13 +130,21 @@ def load_pretrained(
       whole = part(path, path)
     else:
       whole = _stack((part(path, name) for name in names), len(names))
-    params[path] = jax.tree.map(jnp.asarray, whole)
+    params[path] = _place({path: whole}, mesh)[path]
   params = paths.unflatten(params)
   out = (model, params, checkpoint.tokenizer())
   if adapter is None:
     return out
   key = jax.random.key(0) if key is None else key
-  return (*out, transforms.init_adapter(key, params, adapter))
+  trained = transforms.init_adapter(key, params, adapter)
+  return (*out, trained if mesh is None else shard(trained, mesh))
+
+
+def _place(flat: dict[str, Any], mesh: jax.sharding.Mesh | None) -> Any:
+  """Host arrays on their devices."""
+  if mesh is None:
+    return jax.tree.map(jnp.asarray, flat)
+  return shard(flat, mesh)
 
 
 def _stack(parts: Iterator[Any], count: int) -> Any:

@@ -204,7 +204,10 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
   # PEFT has no form for magnitudes alone.
   if run.base and config.adapter.method != 'magnitude':
     save_adapter(workdir / 'adapter', run.trained, config.model.name)
-  title = f'{config.adapter.method} on {config.data.name}'
+  title = (
+    f'{config.data.name}, adapter {config.adapter.method}, '
+    f'quantization {config.quant.format}'
+  )
   rows = read_log(workdir / 'metrics.jsonl')
   report.plot(workdir / 'curves.png', rows, scores, title)
   for name, score in scores.items():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
 from qdora_jax import (
@@ -15,6 +16,7 @@ from qdora_jax import (
   QuantSpec,
   attach,
   init_adapter,
+  load_pretrained,
   norms,
   quantize,
 )
@@ -147,6 +149,30 @@ def test_whole_blocks_or_not_at_all():
   q = shard(base, make_mesh(fsdp=8))['layers']['attn']['q']['kernel']
   assert q.codes.sharding.is_fully_replicated
   assert q.absmax.sharding.is_fully_replicated
+
+
+def test_a_checkpoint_is_loaded_onto_the_mesh(tmp_path):
+  folder = tiny.write_model(tmp_path)
+  _, base, _, adapter = load_pretrained(folder, QuantSpec(), AdapterSpec())
+  mesh = make_mesh(data=4, tensor=2)
+  model, base8, _, adapter8 = load_pretrained(
+    folder, QuantSpec(), AdapterSpec(), mesh=mesh
+  )
+  up = base8['layers']['mlp']['up']['kernel']
+  assert up.codes.sharding.spec == P(None, 'fsdp', 'tensor')
+  magnitude = adapter8['layers']['mlp']['up']['kernel'].magnitude
+  assert magnitude.sharding.spec == P(None, 'tensor')
+  for one, many in ((base, base8), (adapter, adapter8)):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-6)
+
+  @jax.jit
+  def logits(base, adapter):
+    return model.apply({'params': attach(base, adapter)}, TOKENS)
+
+  np.testing.assert_allclose(
+    logits(base, adapter), logits(base8, adapter8), atol=1e-4
+  )
 
 
 def test_wrong_meshes_are_refused():

