@@ -9,7 +9,6 @@ The same train command again continues an interrupted run.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -73,7 +72,8 @@ def read_config(file: str, overrides: list[str]) -> RunConfig:
     values(argv)
   except (flags.Error, AttributeError, KeyError, TypeError) as error:
     # ml_collections' own words name the key and the nearest one.
-    raise ValueError(re.sub(r'^([\'"])(.*)\1$', r'\2', str(error))) from error
+    text = error.args[0] if error.args else error
+    raise ValueError(str(text).replace('\n', '. ')) from error
   return RunConfig.make(holder.value.to_dict())
 
 

@@ -80,7 +80,7 @@ def save_adapter(
     'r': rank,
     'lora_alpha': alpha,
     'lora_dropout': spec.dropout,
-    'target_modules': sorted(ranks),
+    'target_modules': _targets(nodes),
     'rank_pattern': {m: r for m, r in ranks.items() if r != rank},
     'alpha_pattern': {m: a for m, a in alphas.items() if a != alpha},
     'use_dora': spec.method == 'dora',
@@ -250,6 +250,19 @@ def _regex(names: Iterable[str], every: set[str]) -> str:
   if {name for name in every if re.fullmatch(short, name)} == names:
     return short
   return '|'.join(map(re.escape, sorted(names)))
+
+
+def _targets(nodes: Iterable[Adapter]) -> list[str]:
+  """PEFT's target_modules: 'q_proj' where every layer is adapted, else the
+  whole names of those that are."""
+  targets = set()
+  for node in nodes:
+    modules = [hf.module_name(n.rsplit('/', 1)[0]) for n in node.names]
+    if all(node.ranks):
+      targets.add(modules[0].rsplit('.', 1)[-1])
+    else:
+      targets |= {m for m, r in zip(modules, node.ranks, strict=True) if r}
+  return sorted(targets)
 
 
 def _commonest(values: Iterable[Any]) -> Any:
