@@ -74,7 +74,7 @@ class Checkpoints:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-  """{'trained/layers/attn/q/kernel/lora_a': array}, in the tree's order."""
+  """{'0/layers/attn/q/kernel/lora_a': array}, in the tree's order."""
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

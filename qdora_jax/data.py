@@ -65,6 +65,11 @@ def load_task(data: DataSection) -> Task:
       f"config.data.name={data.name!r}: expected 'reasoning_gym/TASK', such as "
       "'reasoning_gym/chain_sum'"
     )
+  if data.path:
+    raise ValueError(
+      f'config.data.path={data.path!r}: {data.name} reads no files; leave it '
+      'empty'
+    )
   need = data.eval_size + data.train_size
   # Repeated questions are skipped; a task with fewer than half distinct ones is
   # too small for the sizes asked.

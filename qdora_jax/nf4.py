@@ -254,7 +254,10 @@ def dequantize(q: NF4Array, dtype: jnp.dtype | None = None) -> jax.Array:
 def quantize_host(
   w_IxO: np.ndarray, block_size: int = 64, double_quant: bool = False
 ) -> NF4Array:
-  """`quantize` for loading: numpy in, numpy out, threads, the same bits.
+  """`quantize` for loading: numpy in, numpy out, threads, the same codes.
+
+  Plain absmax is equal bit for bit; with double_quant its mean, and what
+  follows from it, may differ in the last bit by the order of summation.
 
   Fastest on the transpose of a row-major (O, I) array, which is how checkpoints
   store weights. Never holds more than a small chunk in float32.

@@ -105,10 +105,16 @@ def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
   full = [None] * (len(shape) - len(spec)) + list(spec)
   return P(
     *(
-      axis if axis and n % mesh.shape[axis] == 0 else None
+      axis if axis and n % _size(mesh, axis) == 0 else None
       for axis, n in zip(full, shape, strict=True)
     )
   )
+
+
+def _size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
+  """Devices along an axis of the mesh, or along several together."""
+  axes = (axis,) if isinstance(axis, str) else axis
+  return math.prod(mesh.shape[a] for a in axes)
 
 
 def _align(tree: Any) -> Any:
@@ -135,6 +141,7 @@ def shard(tree: Any, mesh: Mesh, rules: Any = RULES) -> Any:
     if not hasattr(leaf, 'codes'):
       return leaf
     spec = leaf.codes.sharding.spec[-2:]
+    # What gathers over `fsdp` must not lose its split over `tensor`.
     kept = P(*(axis if axis == 'tensor' else None for axis in spec))
     return leaf.replace(gathered=NamedSharding(mesh, kept))
 

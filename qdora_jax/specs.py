@@ -73,6 +73,11 @@ class AdapterSpec:
     for field in ('rank_pattern', 'alpha_pattern'):
       rules = tuple(dict(getattr(self, field)).items())
       object.__setattr__(self, field, rules)
+    for pattern, alpha in self.alpha_pattern:
+      if alpha <= 0:
+        raise ValueError(
+          f'alpha_pattern {pattern!r}: {alpha}, expected more than 0'
+        )
 
   def rank_of(self, name: str) -> int:
     """The rank of the kernel of that name; 0 if it is not adapted."""

@@ -135,7 +135,9 @@ class Run:
         'with a chat template'
       )
     if spec is None:
-      base, trained = {}, base
+      # An update may be less than bfloat16's last bit: masters are float32.
+      trained = jax.tree.map(lambda a: a.astype(jnp.float32), base)
+      base = {}
     else:
       trained = init_adapter(jax.random.key(config.seed), base, spec)
     fingerprint = f'{checkpoint.fingerprint()} {quant}'

@@ -74,6 +74,7 @@ def quantize(params: Tree, spec: QuantSpec) -> Tree:
   flat = paths.flatten(params)
   skipped = unquantized(params, spec)
   for path, hits in paths.select(params, spec.targets).items():
+    _check_kernel(path, flat[path], spec.targets)
     if path in skipped:
       continue
     if not all(hits):
@@ -134,13 +135,19 @@ def init_adapter(key: jax.Array, base: Tree, spec: AdapterSpec) -> Tree:
   for path in paths.select(base, spec.targets):
     leaf = flat[path]
     names = tuple(paths.names(path, leaf))
-    if leaf.ndim != 2 + (len(names) > 1 or names[0] != path):
-      raise ValueError(
-        f'targets={spec.targets!r} match {path} of shape {leaf.shape}; '
-        'adapters are for kernels [I, O]'
-      )
+    _check_kernel(path, leaf, spec.targets)
     adapter[path] = _init(key, leaf, names, spec)
   return paths.unflatten(adapter)
+
+
+def _check_kernel(path: str, leaf: Any, targets: str) -> None:
+  """A rule's match must be a kernel, with a layer axis if it is stacked."""
+  stacked = paths.names(path, leaf) != [path]
+  if leaf.ndim != 2 + stacked or path.endswith('embedding'):
+    raise ValueError(
+      f'targets={targets!r} match {path} of shape {leaf.shape}; expected '
+      'kernels [I, O] alone'
+    )
 
 
 def _init(
@@ -150,7 +157,7 @@ def _init(
   *lead, i, o = leaf.shape
   ranks = [spec.rank_of(name) for name in names]
   for name, rank in zip(names, ranks, strict=True):
-    if not 0 <= rank <= min(i, o):
+    if spec.method != 'magnitude' and not 0 <= rank <= min(i, o):
       raise ValueError(
         f'rank {rank} for {name}: expected 1 to {min(i, o)}, the smaller side '
         f'of its kernel {(i, o)} (0 leaves it unadapted)'
@@ -264,6 +271,12 @@ def attach(
   known = paths.flatten(norms) if norms is not None else {}
   for path, node in paths.flatten(adapter).items():
     if not isinstance(node, Adapter):
+      if base and (path not in flat or flat[path].shape != node.shape):
+        has = flat[path].shape if path in flat else paths.near(path, flat)
+        raise ValueError(
+          f'{path} of shape {node.shape} takes the place of nothing in the '
+          f'base, which has {has}'
+        )
       flat[path] = node
       continue
     if path not in flat:

@@ -1,6 +1,7 @@
 """The door: every key accounted for, every refusal says what and where."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import tiny
@@ -156,3 +157,21 @@ def test_a_number_out_of_range_is_refused(key, value):
 def test_what_the_adapter_refuses_is_refused_at_the_door(key, value, words):
   with pytest.raises(ValueError, match=words):
     RunConfig.make(changed(key, value))
+
+
+def test_patterns_by_name_come_through_a_config_file_in_order(tmp_path):
+  from qdora_jax.cli import read_config
+
+  base = Path(__file__).parents[1] / 'experiments' / 'configs' / 'base.py'
+  file = tmp_path / 'config.py'
+  file.write_text(
+    base.read_text().replace(
+      '  return config\n',
+      "  config.adapter.rank_pattern['.*/q/kernel'] = 8\n"
+      "  config.adapter.rank_pattern['.*/attn/.*'] = 2\n"
+      '  return config\n',
+    )
+  )
+  spec = read_config(str(file), []).adapter.spec()
+  assert spec.rank_pattern == (('.*/q/kernel', 8), ('.*/attn/.*', 2))
+  assert spec.rank_of('layers/0/attn/q/kernel') == 8

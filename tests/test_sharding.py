@@ -10,6 +10,7 @@ import optax
 import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
+from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import (
   AdapterSpec,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import (
   AdapterSpec,
@@ -273,6 +274,16 @@ def test_plain_arrays_beside_adapters_are_trained_too():
   np.testing.assert_array_equal(attached['final_norm']['scale'], scale)
 
 
+def test_a_plain_array_that_fits_nothing_is_refused():
+  base = params('plain')
+  for wrong in (
+    {'final_nrm': {'scale': jnp.ones(WIDTH)}},
+    {'final_norm': {'scale': jnp.ones(7)}},
+  ):
+    with pytest.raises(ValueError, match='takes the place of nothing'):
+      attach(base, wrong)
+
+
 def test_bytes_are_as_eval_shape_predicts():
   tree = params('plain')
 
@@ -307,6 +318,8 @@ def test_kernels_that_no_block_divides_stay_and_are_told():
 
 def test_what_cannot_be_quantized_is_refused():
   base = params('plain')
+  with pytest.raises(ValueError, match=r'expected kernels \[I, O\]'):
+    quantize(base, QuantSpec(targets='.*', block_size=2))
   with pytest.raises(ValueError, match='quantized together'):
     quantize(base, QuantSpec(targets='layers/0/.*/kernel'))
   with pytest.raises(ValueError, match='already quantized: nf4/64 double'):
@@ -324,7 +337,9 @@ def test_what_cannot_be_quantized_is_refused():
     ({'dropout': 1.0}, r'dropout=1\.0'),
     ({'rank': 65}, 'rank 65 for layers/0/attn/.*smaller side'),
     ({'targets': 'q_proj'}, 'matches no parameter'),
-    ({'targets': '.*norm/scale'}, r'adapters are for kernels \[I, O\]'),
+    ({'targets': '.*norm/scale'}, r'expected kernels \[I, O\]'),
+    ({'targets': 'embed/embedding'}, r'expected kernels \[I, O\]'),
+    ({'alpha_pattern': {'.*': 0.0}}, 'alpha_pattern'),
     ({'rank_pattern': {'nothing': 4}}, "'nothing' matches no parameter"),
   ],
 )

@@ -35,7 +35,10 @@ def main(rounds: int = 9) -> None:
 
       def theirs(tensor=tensor, double=double):
         bitsandbytes.functional.quantize_4bit(
-          tensor, None, 64, double, quant_type='nf4'
+          tensor,
+          blocksize=64,
+          compress_statistics=double,
+          quant_type='nf4',
         )
 
       ours(), theirs()

@@ -54,8 +54,10 @@ def get_config() -> ml_collections.ConfigDict:
   # QLoRA, section 5: adapt all linear layers.
   config.adapter.targets = r'.*/(q|k|v|o|gate|up|down)/kernel'
   # {regex: rank}, {regex: alpha}; the first match wins.
-  config.adapter.rank_pattern = ml_collections.ConfigDict(type_safe=False)
-  config.adapter.alpha_pattern = ml_collections.ConfigDict(type_safe=False)
+  # Rules hold dots, and their order counts.
+  rules = {'type_safe': False, 'allow_dotted_keys': True, 'sort_keys': False}
+  config.adapter.rank_pattern = ml_collections.ConfigDict(**rules)
+  config.adapter.alpha_pattern = ml_collections.ConfigDict(**rules)
   config.adapter.rslora = False
   # DoRA's norm without a dense weight, held constant: False is for ablations.
   config.adapter.factored = True

@@ -43,7 +43,14 @@ def save_adapter(
     ValueError: for a magnitude-only adapter, which PEFT does not know, or one
       whose options differ between kernels.
   """
-  nodes = paths.flatten(adapter).values()
+  flat = paths.flatten(adapter)
+  plain = [p for p, node in flat.items() if not isinstance(node, Adapter)]
+  if plain:
+    raise ValueError(
+      f'{plain[0]} is a plain array, and these files hold LoRA and DoRA only: '
+      'save it apart, or merge'
+    )
+  nodes = flat.values()
   specs = {dataclasses.replace(node.spec, targets='') for node in nodes}
   if len(specs) != 1:
     raise ValueError(f'one adapter_config.json cannot hold {specs}')
@@ -72,6 +79,8 @@ def save_adapter(
       for key, part in parts.items():
         part = np.ascontiguousarray(part, np.float32)
         tensors[f'{_PREFIX}{module}.lora_{key}'] = part
+  if not ranks:
+    raise ValueError('every rank is 0: there is nothing to save')
   rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
   config = {
     'peft_type': 'LORA',
@@ -127,6 +136,8 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
     'bias': ('none',),
     'fan_in_fan_out': (False,),
     'modules_to_save': (None, []),
+    # The others (PiSSA, OLoRA, LoftQ) belong to a base that they changed.
+    'init_lora_weights': (True, False, 'gaussian', 'orthogonal', 'eva'),
   }
   for option, values in supported.items():
     if option in config and config[option] not in values:
