@@ -1,18 +1,41 @@
-"""Orbax checkpoints of what is trained; the base is named, not copied."""
+"""Orbax checkpoints of what is trained; the base is named, not copied.
 
+A checkpoint is two items: `state`, {path: array}, readable without this
+package, and `meta`, JSON: which base and config it belongs to, where data and
+log stood, and checksums of every array and of itself, so that a damaged one is
+never taken for whole.
+"""
+
+import contextlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+
+from qdora_jax import paths
+
+
+class Restored(NamedTuple):
+  """A checkpoint: after how many steps, the tree, and what was noted."""
+
+  step: int
+  state: Any
+  meta: dict[str, Any]
 
 
 class Checkpoints:
-  """The checkpoints of a run: {path: array}, readable without this package."""
+  """The checkpoints of a run, one directory a step."""
 
   def __init__(self, directory: Path, keep: int = 2):
+    self.directory = directory.absolute()
     self._manager = ocp.CheckpointManager(
-      directory.absolute(),
+      self.directory,
       options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
     )
 
@@ -20,62 +43,207 @@ class Checkpoints:
     """The newest step saved, or None."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: Any, base: str) -> None:
-    """Saves a tree, with the fingerprint of the base it belongs to.
+  def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+    """Saves a tree, and JSON values beside it.
 
     Returns at once; the writing goes on behind. Call `close` at the end.
-    """
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(_flat(state)),
-        meta=ocp.args.JsonSave({'base': base}),
-      ),
-    )
 
-  def restore(self, state: Any, base: str, step: int | None = None) -> Any:
-    """A saved tree.
+    Raises:
+      OSError: if this one, or the one before, could not be written.
+    """
+    flat = _flat(state)
+    meta = {**meta, 'arrays': _describe(flat)}
+    with self._writing():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(flat),
+          meta=ocp.args.JsonSave({'checksum': _checksum_of(meta), **meta}),
+        ),
+      )
+
+  def restore(
+    self,
+    state: Any,
+    identity: Mapping[str, str],
+    *,
+    set_aside: bool = False,
+  ) -> Restored:
+    """The newest checkpoint that is whole.
+
+    One that is not is named and passed over.
 
     Args:
       state: a tree of the same structure: arrays, or abstract ones.
-      base: fingerprint of the present base.
-      step: which; the newest if None.
+      identity: entries of meta that must be the same, {what it is: value}.
+      set_aside: moves damaged checkpoints out of the way, so that their steps
+        can be saved again.
 
     Raises:
       FileNotFoundError: if there is none.
-      ValueError: if it belongs to another base.
+      ValueError: if it belongs to something else, or none is whole.
     """
-    step = self.latest() if step is None else step
-    if step is None:
-      raise FileNotFoundError(
-        f'no checkpoint in {self._manager.directory}; train first'
-      )
-    saved = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(
-          jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(state))
-        ),
-        meta=ocp.args.JsonRestore(),
-      ),
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    if not steps:
+      raise FileNotFoundError(f'no checkpoint in {self.directory}; train first')
+    flat, damaged = _flat(state), []
+    for step in steps:
+      where = self.directory / str(step)
+      try:
+        meta = self._meta(step)
+        wrong = _mismatch(meta, identity, flat)
+        saved = {} if wrong else self._arrays(step, flat)
+        _verify(saved, meta['arrays'])
+      except _DAMAGE as error:
+        damaged.append(step)
+        reason = _reason(error)
+        print(f'the checkpoint {where} is damaged ({reason}); passed over')
+        continue
+      if wrong:
+        raise ValueError(f'the checkpoint {where} {wrong}')
+      if set_aside:
+        self._set_aside(damaged)
+      tree = jax.tree.unflatten(jax.tree.structure(state), saved.values())
+      return Restored(step, tree, meta)
+    raise ValueError(
+      f'no checkpoint in {self.directory} is whole (steps '
+      f'{", ".join(map(str, damaged))}); start again with another --workdir'
     )
-    if saved.meta['base'] != base:
-      raise ValueError(
-        f'the checkpoint in {self._manager.directory} belongs to another base: '
-        f'{saved.meta["base"]}, here {base}'
+
+  def _meta(self, step: int) -> dict[str, Any]:
+    items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    meta = dict(self._manager.restore(step, args=items).meta)
+    if meta.pop('checksum') != _checksum_of(meta):
+      raise ValueError('meta is not what was saved')
+    return meta
+
+  def _arrays(self, step: int, flat: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """One after the other: of many at once orbax tells each failure itself."""
+    saved = {}
+    for name, like in flat.items():
+      # What is missing comes back as it went: as 0.
+      args = ocp.args.PyTreeRestore(
+        {name: 0},
+        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
+        partial_restore=True,
       )
-    leaves = [saved.state[name] for name in _flat(state)]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+      item = self._manager.restore(step, args=ocp.args.Composite(state=args))
+      saved[name] = jax.device_put(item.state[name], like.sharding)
+    return saved
+
+  def _set_aside(self, damaged: list[int]) -> None:
+    """Their steps can be saved again."""
+    aside = self.directory.with_name(f'{self.directory.name}-damaged')
+    for step in damaged:
+      aside.mkdir(exist_ok=True)
+      to = aside / str(step)
+      while to.exists():
+        to = to.with_name(f'{to.name}x')
+      (self.directory / str(step)).rename(to)
+      print(f'moved to {to}', flush=True)
+    if damaged:
+      self._manager.reload()
 
   def close(self) -> None:
-    """Waits until everything is written."""
-    self._manager.wait_until_finished()
+    """Waits until everything is written.
+
+    Raises:
+      OSError: if it could not be.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
     self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except (ValueError, OSError) as error:
+      good = self.latest()
+      last = f'{self.directory / str(good)} is whole' if good else 'none before'
+      raise OSError(
+        f'no checkpoint could be written to {self.directory} '
+        f'({_reason(error)}; {last}); make room, and the same command continues'
+      ) from error
+
+
+# What orbax, tensorstore and json say of files cut short, changed or missing;
+# not what JAX says when memory runs out, which is a RuntimeError.
+_DAMAGE = (ValueError, KeyError, TypeError, OSError)
+
+
+def _reason(error: Exception) -> str:
+  """tensorstore's words are long; before its own details stands the reason."""
+  words = str(error).strip().split('\n')[0].split(' [')[0]
+  return ': '.join(words.split(': ')[-2:])[:200]
+
+
+def _mismatch(
+  meta: Mapping[str, Any], identity: Mapping[str, str], flat: Mapping[str, Any]
+) -> str:
+  """What of a checkpoint belongs to something else, in words; or ''."""
+  for what, value in identity.items():
+    theirs = meta[what] if what in meta else None
+    if theirs != value:
+      return f'belongs to another {what}: {theirs}, here {value}'
+  have = {name: tuple(a['shape']) for name, a in meta['arrays'].items()}
+  want = {name: leaf.shape for name, leaf in flat.items()}
+  for name in {**want, **have}:
+    ours = want[name] if name in want else 'nothing'
+    theirs = have[name] if name in have else 'nothing'
+    if ours != theirs:
+      return f'is of another model or rank: {name} is {theirs}, here {ours}'
+  return ''
+
+
+def _describe(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
+  """{name: {shape, checksum}} of arrays."""
+  sums = jax.device_get(_checksums(dict(flat)))
+  return {
+    name: {'shape': list(array.shape), 'checksum': int(sums[name])}
+    for name, array in flat.items()
+  }
+
+
+def _verify(saved: Mapping[str, jax.Array], then: Mapping[str, Any]) -> None:
+  """Raises ValueError for an array that is not what was saved."""
+  now = _describe(saved)
+  for name in now:
+    if now[name] != then[name]:
+      raise ValueError(f'{name} is not what was saved')
+
+
+def _checksum_of(meta: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(meta).encode())
+
+
+@jax.jit
+def _checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  # One program: many small ones with collectives can deadlock on CPU devices.
+  return {name: _checksum(array) for name, array in flat.items()}
+
+
+def _checksum(array: jax.Array) -> jax.Array:
+  """Sum of its words, each stirred together with its place, mod 2^32."""
+  if array.dtype == jnp.bool_:
+    array = array.astype(jnp.uint8)
+  bits = jax.lax.bitcast_convert_type(
+    array, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+  )
+  place = jnp.zeros((), jnp.uint32)
+  for axis, size in enumerate(array.shape):
+    place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
+      jnp.uint32, array.shape, axis
+    )
+  # MurmurHash3's fmix32: every bit reaches all others. A plain weighted sum
+  # takes an array of 2.0 for one of 0.0.
+  word = bits.astype(jnp.uint32) ^ place * jnp.uint32(0x9E3779B9)
+  word = (word ^ word >> 16) * jnp.uint32(0x85EBCA6B)
+  word = (word ^ word >> 13) * jnp.uint32(0xC2B2AE35)
+  return jnp.sum(word ^ word >> 16, dtype=jnp.uint32)
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-  """{'0/layers/attn/q/kernel/lora_a': array}, in the tree's order."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  """{'trained/layers/attn/q/kernel/lora_a': array}, in the tree's order."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {paths.of(path): leaf for path, leaf in leaves}

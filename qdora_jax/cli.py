@@ -9,12 +9,18 @@ The same train command again continues an interrupted run.
 """
 
 import argparse
+import ast
+import runpy
+import signal
 import sys
+import traceback
 from pathlib import Path
 
+import absl.logging
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from qdora_jax import paths
 from qdora_jax.config import RunConfig
 
 
@@ -36,9 +42,11 @@ def main(argv: list[str] | None = None) -> int:
       file=sys.stderr,
     )
     return 2
+  # orbax logs a traceback of what it raises; it is told once, here.
+  absl.logging.set_verbosity(absl.logging.FATAL)
   try:
     commands[argv[0]](argv[1:])
-  except (ValueError, OSError, ImportError) as error:
+  except (ValueError, OSError, ImportError, ArithmeticError) as error:
     print(f'qdora {argv[0]}: {error}', file=sys.stderr)
     return 1
   except RuntimeError as error:
@@ -47,9 +55,12 @@ def main(argv: list[str] | None = None) -> int:
       raise
     print(f'qdora {argv[0]}: {error}', file=sys.stderr)
     return 1
-  except KeyboardInterrupt:
-    print('\ninterrupted; the same command continues', file=sys.stderr)
-    return 130
+  except KeyboardInterrupt as error:
+    # Ctrl-C, or SIGTERM while training, which has a message.
+    why = str(error) or 'interrupted'
+    print(f'{why}; the same command continues', file=sys.stderr)
+    # As shells count signals.
+    return 128 + (error.signal if hasattr(error, 'signal') else signal.SIGINT)
   return 0
 
 
@@ -58,23 +69,69 @@ def read_config(file: str, overrides: list[str]) -> RunConfig:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: for an override of no key (naming the nearest) or of a wrong
-      type.
+    ValueError: for an error in the file, with its line; for an override of no
+      key (naming the nearest) or of a wrong type.
   """
   if not Path(file).is_file():
-    raise FileNotFoundError(f'--config={file}: no such file')
-  values = flags.FlagValues()
-  argv = ['qdora', f'--config={file}', *overrides]
-  holder = config_flags.DEFINE_config_file(
-    'config', flag_values=values, sys_argv=argv
-  )
+    raise FileNotFoundError(
+      f'--config={file}: no such file{paths.beside(file)}'
+    )
+  config = _returned(file)
+  for word in overrides:
+    values = flags.FlagValues()
+    try:
+      config_flags.DEFINE_config_dict(
+        'config', config, flag_values=values, sys_argv=['qdora', word]
+      )
+      values(['qdora', word])
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+      # ml_collections' own words name the nearest key, or the type.
+      text = ' '.join(str(error.args[0] if error.args else error).split())
+      text = text.removeprefix(f'flag {word}: ')
+      raise ValueError(f'{word}: {text}') from error
+  return RunConfig.make(config.to_dict())
+
+
+class _DictParser(flags.ArgumentParser):
+  """--config.optim.lr_scale='{".*/lora_b": 16}'."""
+
+  def parse(self, argument: str | dict) -> dict:
+    if isinstance(argument, dict):
+      return argument  # What the file has.
+    try:
+      value = ast.literal_eval(argument)
+    except (SyntaxError, ValueError):
+      value = None
+    if not isinstance(value, dict):
+      raise ValueError("expected a dict, such as {'a': 1}")
+    return value
+
+
+config_flags.register_flag_parser_for_type(dict, _DictParser())
+
+
+def _returned(file: str) -> ConfigDict:
+  """What a config file's get_config() returns."""
   try:
-    values(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError) as error:
-    # ml_collections' own words name the key and the nearest one.
-    text = error.args[0] if error.args else error
-    raise ValueError(str(text).replace('\n', '. ')) from error
-  return RunConfig.make(holder.value.to_dict())
+    program = runpy.run_path(file)
+    config = program['get_config']() if 'get_config' in program else None
+  except Exception as error:
+    # Whatever it is: the file is a program.
+    calls = traceback.extract_tb(error.__traceback__)
+    lines = [call.lineno for call in calls if call.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+      lines.append(error.lineno)
+    text = ' '.join(str(error).split())
+    raise ValueError(
+      f'--config={file}:{lines[-1] if lines else 1}: {type(error).__name__}: '
+      f'{text}'
+    ) from error
+  if not isinstance(config, ConfigDict):
+    raise ValueError(
+      f'--config={file}: expected a function get_config() that returns an '
+      f'ml_collections.ConfigDict, got {str(config)[:80]}'
+    )
+  return config
 
 
 def _train(argv: list[str]) -> None:
@@ -87,9 +144,9 @@ def _train(argv: list[str]) -> None:
         f'{word!r} is no option; overrides look like --config.section.key=value'
       )
   config = read_config(known.config, overrides)
-  from qdora_jax.train import train
+  from qdora_jax.finetune import fine_tune
 
-  train(config, known.workdir)
+  fine_tune(config, known.workdir)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -98,10 +155,9 @@ def _evaluate(argv: list[str]) -> None:
     '--shots', type=int, default=0, help='solved examples in the prompt'
   )
   known = parser.parse_args(argv)
-  from qdora_jax.train import load_run
+  from qdora_jax.run import load_run
 
-  run = load_run(known.workdir)
-  score = run.evaluate(run.params(), known.shots, 'evaluate')
+  score = load_run(known.workdir).evaluate(shots=known.shots, label='evaluate')
   print(score)
   for question, given, expected in score.samples:
     print(f'\n{question}\n  answered: {given}\n  expected: {expected}')
@@ -117,30 +173,17 @@ def _generate(argv: list[str]) -> None:
     '--raw', action='store_true', help='no chat template around the prompt'
   )
   known = parser.parse_args(argv)
-  import jax
-
-  from qdora_jax.data import prompt_ids
-  from qdora_jax.generate import generate
-  from qdora_jax.train import load_run
+  from qdora_jax.run import load_run
 
   run = load_run(known.workdir)
-  if known.raw:
-    ids = run.tokenizer.encode(known.prompt)
-  else:
-    data = run.config.data
-    chat = [{'role': 'system', 'content': data.system}] if data.system else []
-    chat.append({'role': 'user', 'content': known.prompt})
-    ids = prompt_ids(run.tokenizer, chat)
-  (answer,) = generate(
-    run.model,
-    run.params(),
-    [ids],
+  answer = run.generate(
+    known.prompt,
     known.max_new_tokens,
-    stop=[run.tokenizer.eos_token_id],
     temperature=known.temperature,
-    key=jax.random.key(known.seed),
+    seed=known.seed,
+    raw=known.raw,
   )
-  print(run.tokenizer.decode(answer, skip_special_tokens=True).strip())
+  print(answer)
 
 
 def _export(argv: list[str]) -> None:
@@ -148,15 +191,9 @@ def _export(argv: list[str]) -> None:
   parser.add_argument('--format', choices=['peft'], required=True)
   parser.add_argument('--out', type=Path, required=True)
   known = parser.parse_args(argv)
-  from qdora_jax.interop.peft import save_adapter
-  from qdora_jax.train import load_run
+  from qdora_jax.run import load_run
 
-  run = load_run(known.workdir)
-  if not run.base:
-    raise ValueError(
-      f'{known.workdir} is a full fine-tuning: there is no adapter to export'
-    )
-  save_adapter(known.out, run.trained, run.config.model.name)
+  load_run(known.workdir).export(known.out)
   print(f'wrote {known.out}/adapter_model.safetensors and adapter_config.json')
 
 

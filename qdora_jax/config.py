@@ -7,35 +7,55 @@ these dataclasses and nothing else.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from qdora_jax.chat import Format
+from qdora_jax.model import Remat
+from qdora_jax.rows import FORMS
 from qdora_jax.specs import AdapterSpec, QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
   name: str
-  dtype: str
-  remat: str
+  dtype: Literal['float32', 'bfloat16']
+  remat: Remat
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+  data: int
+  fsdp: int
+  tensor: int
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSection:
   name: str
   path: str
+  mix: Mapping[str, float]
+  eval_path: str
+  fields: Mapping[str, str]
   options: Mapping[str, Any]
+  template: Literal['chat', 'plain']
   instruction: str
   system: str
   answer_pattern: str
   seed: int
   train_size: int
   eval_size: int
+  packing: bool
+  too_long: Literal['drop', 'truncate']
+
+  def format(self) -> Format:
+    return Format(self.template, self.system, self.instruction)
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantSection:
-  format: str
+  format: Literal['none', 'nf4']
   targets: str
   block_size: int
   double_quant: bool
@@ -48,21 +68,25 @@ class QuantSection:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSection:
-  method: str
+  method: Literal['none', 'lora', 'dora', 'magnitude']
   rank: int
   alpha: float
   dropout: float
   targets: str
-  rank_pattern: Mapping[str, Any]
-  alpha_pattern: Mapping[str, Any]
+  rank_pattern: Mapping[str, int]
+  alpha_pattern: Mapping[str, float]
   rslora: bool
   factored: bool
   detach: bool
+  trainable: str
+  path: str
 
   def spec(self) -> AdapterSpec | None:
     if self.method == 'none':
       return None
-    return AdapterSpec(**dataclasses.asdict(self))
+    options = dataclasses.asdict(self)
+    del options['path']
+    return AdapterSpec(**options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,23 +96,28 @@ class TrainSection:
   seq_len: int
   microbatches: int
   save_every: int
+  max_skipped: int
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimSection:
+  name: str
   lr: float
-  schedule: str
+  schedule: Literal['constant', 'linear', 'cosine']
   warmup_steps: int
-  b1: float
-  b2: float
-  eps: float
   weight_decay: float
   clip: float
+  options: Mapping[str, Any]
+  lr_scale: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSection:
+  before: bool
+  exact_match: bool
   shots: int
+  every: int
+  samples: int
   batch_size: int
   max_new_tokens: int
 
@@ -104,43 +133,43 @@ class RunConfig:
   train: TrainSection
   optim: OptimSection
   eval: EvalSection
+  mesh: MeshSection
   seed: int
 
   def __post_init__(self):
-    choices = {
-      'model.dtype': ('float32', 'bfloat16'),
-      'model.remat': ('none', 'dots', 'block'),
-      'quant.format': ('none', 'nf4'),
-      'adapter.method': ('none', 'lora', 'dora', 'magnitude'),
-      'optim.schedule': ('constant', 'linear', 'cosine'),
-    }
-    for key, allowed in choices.items():
-      section, field = key.split('.')
-      value = getattr(getattr(self, section), field)
-      if value not in allowed:
-        raise ValueError(f'config.{key}={value!r}: expected one of {allowed}')
     least = {
-      'data.train_size': 1,
-      'data.eval_size': 1,
+      'data.train_size': 0,
+      'data.eval_size': 0,
       'quant.block_size': 2,
       'train.steps': 1,
       'train.batch_size': 1,
       'train.seq_len': 0,
       'train.microbatches': 1,
       'train.save_every': 1,
+      'train.max_skipped': 1,
       'optim.lr': 0,
       'optim.warmup_steps': 0,
       'optim.weight_decay': 0,
       'optim.clip': 0,
       'eval.shots': 0,
+      'eval.every': 0,
+      'eval.samples': 0,
       'eval.batch_size': 1,
       'eval.max_new_tokens': 1,
+      'mesh.data': 1,
+      'mesh.tensor': 1,
     }
     for key, low in least.items():
       section, field = key.split('.')
       value = getattr(getattr(self, section), field)
-      if value < low:
+      # Not `value < low`: nan is refused too.
+      if not value >= low:
         raise ValueError(f'config.{key}={value}: expected at least {low}')
+    if self.mesh.fsdp != -1 and self.mesh.fsdp < 1:
+      raise ValueError(
+        f'config.mesh.fsdp={self.mesh.fsdp}: expected at least 1, or -1 for '
+        'all devices that are left'
+      )
     if self.adapter.method == 'none' and self.quant.format != 'none':
       raise ValueError(
         "config.adapter.method='none' trains every weight, and a quantized "
@@ -152,7 +181,48 @@ class RunConfig:
         f'config.train.microbatches={self.train.microbatches} does not divide '
         f'config.train.batch_size={self.train.batch_size}'
       )
-    self.adapter.spec()
+    if self.adapter.method == 'none':
+      for key in ('path', 'trainable'):
+        if getattr(self.adapter, key):
+          raise ValueError(
+            f'config.adapter.{key}={getattr(self.adapter, key)!r} needs an '
+            "adapter: set config.adapter.method='lora' or 'dora'"
+          )
+    for source, weight in self.data.mix.items():
+      if not weight > 0:
+        raise ValueError(
+          f'config.data.mix: {source!r} has weight {weight}, expected more '
+          'than 0'
+        )
+    for field in self.data.fields:
+      known = [key for form in FORMS for key in form]
+      if field not in known:
+        near = difflib.get_close_matches(field, known, n=1)
+        hint = f'; did you mean {near[0]!r}?' if near else ''
+        raise ValueError(
+          f'config.data.fields: {field!r} is none of {", ".join(known)}{hint}'
+        )
+    regexes = {
+      'data.answer_pattern': [self.data.answer_pattern],
+      'quant.targets': [self.quant.targets],
+      'adapter.targets': [self.adapter.targets],
+      'adapter.rank_pattern': self.adapter.rank_pattern,
+      'adapter.alpha_pattern': self.adapter.alpha_pattern,
+      'adapter.trainable': [self.adapter.trainable],
+      'optim.lr_scale': self.optim.lr_scale,
+    }
+    for key, patterns in regexes.items():
+      for pattern in patterns:
+        try:
+          re.compile(pattern)
+        except re.error as error:
+          raise ValueError(
+            f'config.{key}: {pattern!r} is not a regular expression: {error}'
+          ) from error
+    try:
+      self.adapter.spec()
+    except ValueError as error:
+      raise ValueError(f'config.adapter.{error}') from error
 
   @classmethod
   def make(cls, values: Mapping[str, Any]) -> 'RunConfig':
@@ -186,10 +256,23 @@ def _section(cls: Any, values: Any, where: str) -> Any:
 def _value(hint: Any, value: Any, where: str) -> Any:
   if dataclasses.is_dataclass(hint):
     return _section(hint, value, where)
+  if get_origin(hint) is Literal:
+    if value not in get_args(hint):
+      raise ValueError(f'{where}={value!r}: expected one of {get_args(hint)}')
+    return value
+  if get_origin(hint) is Mapping:
+    _of_type(Mapping, value, where)
+    inner = get_args(hint)[1]
+    return {k: _value(inner, v, f'{where}.{k}') for k, v in value.items()}
+  if hint is Any:
+    return value
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
-  kind = getattr(hint, '__origin__', hint)
-  if not isinstance(value, kind) or (hint is int and isinstance(value, bool)):
+  return _of_type(hint, value, where)
+
+
+def _of_type(kind: type, value: Any, where: str) -> Any:
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
     raise ValueError(
       f'{where}={value!r} is of type {type(value).__name__}, expected '
       f'{kind.__name__}'

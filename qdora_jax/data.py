@@ -1,210 +1,312 @@
-"""From problems to batches: chat prompts, completions, loss on completions.
+"""From rows to batches: packed or padded, shuffled, mixed, resumable.
 
-A batch of B examples is a dict of arrays whose shapes never change in a run:
+A batch of B rows is a dict of arrays whose shapes never change in a run:
 
-  tokens    i32 [B, L]   prompt and completion, padded on the right
-  loss_at   i32 [B, C]   where a completion token is predicted from
-  labels    i32 [B, C]   that token
-  weights   f32 [B, C]   1, or 0 for padding
+  tokens     i32 [B, L]   one example, or several packed; padded on the right
+  positions  i32 [B, L]   0, 1, ... within each example
+  segments   i32 [B, L]   1, 2, ... for the examples of a row, 0 for padding
+  loss_at    i32 [B, C]   where a learned token is predicted from
+  labels     i32 [B, C]   that token
+  weights    f32 [B, C]   1, or 0 for padding
 
-Logits are made at `loss_at` alone. Which examples a step sees is a function of
-the seed and the step, so a resumed run continues exactly.
+Logits are made at `loss_at` alone. Examples of one row cannot see each other:
+attention stays within a segment.
 """
 
+import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
+import grain
 import numpy as np
 
+from qdora_jax import chat, rows
+from qdora_jax.chat import Example, Format
 from qdora_jax.config import DataSection
-from qdora_jax.interop import reasoning_gym
+from qdora_jax.rows import Row
 
 Batch = dict[str, np.ndarray]
+TooLong = Literal['drop', 'truncate']
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-  """A question with its answer, and what the verifier needs to know."""
+class Data:
+  """Rows to train on, by source, with their weights; others to test on."""
 
-  question: str
-  answer: str
-  entry: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """Problems to train on, others to test on, and the judge of answers."""
-
-  train: Sequence[Problem]
-  held_out: Sequence[Problem]
-  score: Callable[[str, Problem], float]
+  train: Mapping[str, Sequence[Row]]
+  weights: Mapping[str, float]
+  held_out: Sequence[Row]
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-  """Token ids: the completion is learned, the prompt is given."""
+def load_data(section: DataSection) -> Data:
+  """The rows a config names; no question is in both parts.
 
-  prompt: tuple[int, ...]
-  completion: tuple[int, ...]
-
-
-def load_task(data: DataSection) -> Task:
-  """The problems a config names; no question is in both parts.
-
-  reasoning-gym draws problem i from seed + i, so two seeds give overlapping
-  sets: one seed is drawn from, its first distinct questions are held out and
-  the following ones trained on.
+  Without a file of their own, held-out rows are taken from every source by its
+  weight: of a reasoning-gym task the first, of a file random ones. Which ones
+  does not depend on how many are trained on.
 
   Raises:
-    ValueError: for an unknown data set, or too few distinct questions.
+    ValueError, FileNotFoundError: saying which row of which file is not what it
+      should be, or that nothing is left to train on.
   """
-  family, _, name = data.name.partition('/')
-  if family != 'reasoning_gym' or not name:
-    raise ValueError(
-      f"config.data.name={data.name!r}: expected 'reasoning_gym/TASK', such as "
-      "'reasoning_gym/chain_sum'"
-    )
-  if data.path:
-    raise ValueError(
-      f'config.data.path={data.path!r}: {data.name} reads no files; leave it '
-      'empty'
-    )
-  need = data.eval_size + data.train_size
-  # Repeated questions are skipped; a task with fewer than half distinct ones is
-  # too small for the sizes asked.
-  source = reasoning_gym.load(name, 2 * need, data.seed, data.options)
-  distinct: dict[str, Problem] = {}
-  for i in range(len(source)):
-    entry = source[i]
-    if entry['answer'] is None:
+  sources = dict(section.mix) or {section.path or section.name: 1.0}
+  total = sum(sources.values())
+  held_out: list[Row] = []
+  if section.eval_path:
+    held_out = rows.distinct(
+      rows.read(section.eval_path, section.fields, section.options)
+    )[: section.eval_size]
+  train: dict[str, list[Row]] = {}
+  for source, weight in sources.items():
+    share = round(section.eval_size * weight / total)
+    if section.eval_path:
+      share = 0
+    apart, train[source] = _split(section, source, share)
+    held_out += apart
+  tested = {row.question for row in held_out}
+  for source, some in train.items():
+    train[source] = [row for row in some if row.question not in tested]
+    if not train[source]:
       raise ValueError(
-        f'{data.name} gives no answer to learn (many are right): '
-        f'{entry["question"]!r}; choose another config.data.name'
+        f'{source}: nothing is left to train on; all of its rows are among '
+        f'the {len(held_out)} held out '
+        f'(config.data.eval_size={section.eval_size}). Lower it, or give other '
+        'rows in config.data.eval_path'
       )
-    question, answer = entry['question'].strip(), str(entry['answer']).strip()
-    distinct.setdefault(question, Problem(question, answer, entry))
-    if len(distinct) == need:
-      break
-  problems = list(distinct.values())
-  if len(problems) < need:
-    raise ValueError(
-      f'{data.name} with {dict(data.options)} has {len(problems)} distinct '
-      f'questions among {2 * need}; config.data.eval_size + '
-      f'config.data.train_size ask for {need}'
-    )
-  return Task(
-    problems[data.eval_size :],
-    problems[: data.eval_size],
-    lambda answer, problem: source.score_answer(answer, problem.entry),
-  )
+  return Data(train, sources, held_out)
 
 
-def messages(
-  data: DataSection, problem: Problem, shots: Sequence[Problem] = ()
-) -> list[dict[str, str]]:
-  """The chat that asks a problem, solved ones before it."""
-
-  def ask(p: Problem) -> dict[str, str]:
-    text = (
-      f'{p.question}\n{data.instruction}' if data.instruction else (p.question)
-    )
-    return {'role': 'user', 'content': text}
-
-  chat = [{'role': 'system', 'content': data.system}] if data.system else []
-  for shot in shots:
-    chat += [ask(shot), {'role': 'assistant', 'content': shot.answer}]
-  return [*chat, ask(problem)]
-
-
-def prompt_ids(tokenizer: Any, chat: list[dict[str, str]]) -> list[int]:
-  """Token ids of a chat, up to where the assistant starts to speak."""
-  text = tokenizer.apply_chat_template(
-    chat, tokenize=False, add_generation_prompt=True
-  )
-  return tokenizer.encode(text, add_special_tokens=False)
-
-
-def encode(tokenizer: Any, data: DataSection, problem: Problem) -> Example:
-  """A problem as prompt and completion, its end-of-turn token included."""
-  prompt = prompt_ids(tokenizer, messages(data, problem))
-  answer = tokenizer.encode(problem.answer, add_special_tokens=False)
-  return Example(tuple(prompt), (*answer, tokenizer.eos_token_id))
+def _split(
+  section: DataSection, source: str, share: int
+) -> tuple[list[Row], list[Row]]:
+  """(held out, to train on) of one source."""
+  family, _, task = source.partition('/')
+  if family == 'reasoning_gym' and task:
+    # Problem i is drawn from seed + i, so two seeds give overlapping sets: one
+    # seed is drawn from.
+    count = section.train_size or 1000
+    found = rows.of_task(task, share + count, section.seed, section.options)
+    return found[:share], found[share:]
+  found = rows.read(source, section.fields, section.options)
+  order = np.random.default_rng(section.seed).permutation(len(found))
+  apart = rows.distinct(found[n] for n in order)[:share]
+  places = {row.place for row in apart}
+  rest = [row for row in found if row.place not in places]
+  return apart, rest[: section.train_size or None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Batches:
-  """Batches by step: `batches(step)`, a pure function.
+class Counts:
+  """What became of the examples.
 
   Attributes:
-    examples: those that fit.
-    dropped: how many did not.
-    batch_size: B.
-    length: L.
-    completion: C, the longest completion.
-    seed: of the order; every epoch has its own.
+    examples: those trained on.
+    tokens: theirs.
+    learned: tokens among them that are learned.
+    dropped: examples left out for their length.
+    truncated: examples cut for their length.
+    packed: rows they are laid out in; an epoch.
+    length: L, a row's length.
   """
 
-  examples: tuple[Example, ...]
+  examples: int
+  tokens: int
+  learned: int
   dropped: int
-  batch_size: int
+  truncated: int
+  packed: int
   length: int
-  completion: int
-  seed: int
 
-  @classmethod
-  def make(
-    cls, examples: Sequence[Example], batch_size: int, seq_len: int, seed: int
-  ) -> 'Batches':
-    """Drops examples longer than seq_len (0: none) and fixes the shapes.
+  @property
+  def filled(self) -> float:
+    """Share of the rows' places that hold a token: packing's efficiency."""
+    return self.tokens / (self.packed * self.length)
+
+  def __str__(self) -> str:
+    lost = [
+      f'{n:,} {what}'
+      for n, what in ((self.dropped, 'dropped'), (self.truncated, 'truncated'))
+      if n
+    ]
+    return (
+      f'{self.examples:,} examples, {self.tokens:,} tokens, {self.learned:,} '
+      f'of them learned; {self.packed:,} rows of {self.length} tokens, '
+      f'{self.filled:.0%} filled'
+      + (f'; TOO LONG: {" and ".join(lost)}' if lost else '')
+    )
+
+
+class Batches:
+  """An endless, shuffled sequence of batches: a function of seed and step.
+
+  `batches[n]` is batch n; `iter(batches)` is a grain iterator, whose
+  `get_state` and `set_state` hold its position.
+
+  Example:
+    >>> examples = [encode(tokenizer, row) for row in rows]
+    >>> batches = Batches(examples, batch_size=8, seq_len=512, packing=True)
+  """
+
+  def __init__(
+    self,
+    examples: Sequence[Example] | Mapping[str, Sequence[Example]],
+    batch_size: int,
+    seq_len: int = 0,
+    *,
+    seed: int = 0,
+    packing: bool = False,
+    too_long: TooLong = 'drop',
+    weights: Mapping[str, float] | None = None,
+  ):
+    """Fits the examples into rows and fixes the shapes.
+
+    Args:
+      examples: what to train on, or several such sources by name.
+      batch_size: B.
+      seq_len: a row's length at most; 0 takes the longest example's.
+      seed: of the order; every epoch has its own.
+      packing: lays several examples into one row, the longest first, each where
+        it fits best; once, so that epochs differ in the order of rows.
+      too_long: what happens to an example longer than seq_len.
+      weights: each source's share of the examples; None: as many as it has.
 
     Raises:
-      ValueError: if there is no example left, or one without a completion.
+      ValueError: if no example is left.
     """
-    for n, example in enumerate(examples):
-      if not example.completion:
-        raise ValueError(f'example {n} has no completion to learn')
-    fits = tuple(
-      e
-      for e in examples
-      if not seq_len or len(e.prompt) + len(e.completion) <= seq_len
-    )
-    if not fits:
-      raise ValueError(
-        f'none of {len(examples)} examples fits in train.seq_len={seq_len}'
-      )
-    longest = max(len(e.prompt) + len(e.completion) for e in fits)
-    # Whole vector registers; the model's products like multiples of 8.
-    length = -(-longest // 8) * 8
-    completion = max(len(e.completion) for e in fits)
-    dropped = len(examples) - len(fits)
-    return cls(fits, dropped, batch_size, length, completion, seed)
-
-  def __call__(self, step: int) -> Batch:
-    batch = {
-      'tokens': np.zeros((self.batch_size, self.length), np.int32),
-      'loss_at': np.zeros((self.batch_size, self.completion), np.int32),
-      'labels': np.zeros((self.batch_size, self.completion), np.int32),
-      'weights': np.zeros((self.batch_size, self.completion), np.float32),
+    named = examples if isinstance(examples, Mapping) else {'data': examples}
+    weights = weights or {name: len(some) for name, some in named.items()}
+    self.batch_size = batch_size
+    fitted = {
+      name: _fit(some, seq_len, too_long) for name, some in named.items()
     }
-    for row, n in enumerate(self._indices(step)):
-      example = self.examples[n]
-      ids = example.prompt + example.completion
-      count, start = len(example.completion), len(example.prompt)
-      batch['tokens'][row, : len(ids)] = ids
-      batch['loss_at'][row, :count] = np.arange(start - 1, len(ids) - 1)
-      batch['labels'][row, :count] = example.completion
-      batch['weights'][row, :count] = 1
+    for name, (fits, _) in fitted.items():
+      if not fits:
+        if not named[name]:
+          raise ValueError(f'{name}: there are no examples')
+        raise ValueError(
+          f'{name}: none of {len(named[name])} examples can be learned from '
+          f'within train.seq_len={seq_len}: the shortest has '
+          f'{min(map(len, named[name]))} tokens. Raise it, or set it to 0'
+        )
+    every = [example for fits, _ in fitted.values() for example in fits]
+    longest = max(map(len, every))
+    # Whole vector registers; the model's products like multiples of 8.
+    self.length = -(-(seq_len if packing and seq_len else longest) // 8) * 8
+    layouts = {
+      name: _layout(fits, self.length, packing)
+      for name, (fits, _) in fitted.items()
+    }
+    laid_out = [row for layout in layouts.values() for row in layout]
+    self.learned = max(
+      sum(int(e.learned[1:].sum()) for e in row) for row in laid_out
+    )
+    self.counts = Counts(
+      len(every),
+      sum(map(len, every)),
+      sum(int(e.learned[1:].sum()) for e in every),
+      sum(len(some) for some in named.values()) - len(every),
+      sum(cut for _, cut in fitted.values()),
+      len(laid_out),
+      self.length,
+    )
+    orders, shares = [], []
+    for n, (name, layout) in enumerate(layouts.items()):
+      # grain's seeds have 32 bits.
+      own = int(np.random.default_rng((seed, n)).integers(2**32))
+      orders.append(grain.MapDataset.source(layout).shuffle(seed=own).repeat())
+      # A weight counts examples; grain mixes rows.
+      shares.append(weights[name] * len(layout) / len(fitted[name][0]))
+    mixed = orders[0]
+    if len(orders) > 1:
+      mixed = grain.MapDataset.mix(
+        orders, weights=[share / sum(shares) for share in shares]
+      )
+    self._layouts = laid_out
+    self._batches = mixed.batch(batch_size, batch_fn=self._arrays)
+
+  def __getitem__(self, step: int) -> Batch:
+    return self._batches[step]
+
+  def __iter__(self) -> grain.DatasetIterator:
+    return iter(self._batches.to_iter_dataset())
+
+  def once(self) -> Iterator[Batch]:
+    """Every example once, in order; the last batch filled up with weight 0."""
+    for start in range(0, len(self._layouts), self.batch_size):
+      part = self._layouts[start : start + self.batch_size]
+      yield self._arrays([*part, *[()] * (self.batch_size - len(part))])
+
+  def _arrays(self, part: Sequence[Sequence[Example]]) -> Batch:
+    """The batch of some rows, each a few examples."""
+    shape, short = (len(part), self.length), (len(part), self.learned)
+    batch = {
+      'tokens': np.zeros(shape, np.int32),
+      'positions': np.zeros(shape, np.int32),
+      'segments': np.zeros(shape, np.int32),
+      'loss_at': np.zeros(short, np.int32),
+      'labels': np.zeros(short, np.int32),
+      'weights': np.zeros(short, np.float32),
+    }
+    for row, examples in enumerate(part):
+      at = learned = 0
+      for n, example in enumerate(examples, 1):
+        here = np.s_[row, at : at + len(example)]
+        batch['tokens'][here] = example.tokens
+        batch['positions'][here] = np.arange(len(example))
+        batch['segments'][here] = n
+        # Nothing stands before the first token to predict it from.
+        places = np.flatnonzero(example.learned[1:])
+        there = np.s_[row, learned : learned + len(places)]
+        batch['loss_at'][there] = at + places
+        batch['labels'][there] = example.tokens[places + 1]
+        batch['weights'][there] = 1
+        at += len(example)
+        learned += len(places)
     return batch
 
-  def _indices(self, step: int) -> list[int]:
-    """Examples of a step: epochs are permutations, one after the other."""
-    total = len(self.examples)
-    first = step * self.batch_size
-    places = range(first, first + self.batch_size)
-    epochs = {place // total for place in places}
-    orders = {
-      epoch: np.random.default_rng((self.seed, epoch)).permutation(total)
-      for epoch in epochs
-    }
-    return [int(orders[place // total][place % total]) for place in places]
+
+def _fit(
+  examples: Sequence[Example], seq_len: int, too_long: TooLong
+) -> tuple[list[Example], int]:
+  """The examples that can be used, and how many of them were cut."""
+  fits, cut = [], 0
+  for example in examples:
+    if seq_len and len(example) > seq_len:
+      if too_long == 'drop':
+        continue
+      example = Example(example.tokens[:seq_len], example.learned[:seq_len])
+      cut += bool(example.learned[1:].any())
+    if example.learned[1:].any():
+      fits.append(example)
+  return fits, cut
+
+
+def _layout(
+  examples: Sequence[Example], length: int, packing: bool
+) -> list[list[Example]]:
+  """Rows of examples: one each, or packed best fit first, longest first."""
+  if not packing:
+    return [[example] for example in examples]
+  room: list[tuple[int, int]] = []
+  packed: list[list[Example]] = []
+  for example in sorted(examples, key=len, reverse=True):
+    place = bisect.bisect_left(room, (len(example), -1))
+    if place == len(room):
+      left, row = length, len(packed)
+      packed.append([])
+    else:
+      left, row = room.pop(place)
+    packed[row].append(example)
+    bisect.insort(room, (left - len(example), row))
+  return packed
+
+
+def encode_all(
+  tokenizer: Any,
+  some: Iterable[Row],
+  form: Format,
+  progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+) -> list[Example]:
+  """Token ids of many rows."""
+  return [chat.encode(tokenizer, row, form) for row in progress(some)]

@@ -1,51 +1,65 @@
-"""Exact match by a task's own verifier, with confidence intervals."""
+"""Held-out loss, and exact match with confidence intervals."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from qdora_jax.config import DataSection
-from qdora_jax.data import Problem, Task, messages, prompt_ids
+import jax
+
+from qdora_jax.chat import CHAT, Format, question_ids
+from qdora_jax.data import Batch
 from qdora_jax.generate import generate
 from qdora_jax.model import Decoder
+from qdora_jax.rows import Row
+from qdora_jax.train import summed_loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """How many problems were answered right.
+  """How well held-out rows were answered.
 
   Attributes:
     right: exact matches.
     parseable: answers of the form the task asks for, right or wrong.
-    total: problems.
+    total: questions asked; 0 if only the loss was taken.
     samples: (question, answer given, answer expected) of the first few.
+    loss: mean cross-entropy of the learned tokens, in nats, if it was taken.
   """
 
   right: int
   parseable: int
   total: int
-  samples: tuple[tuple[str, str, str], ...] = ()
+  samples: Sequence[Sequence[str]] = ()
+  loss: float | None = None
 
   @property
   def mean(self) -> float:
-    return self.right / self.total
+    return self.right / max(1, self.total)
 
   @property
   def interval(self) -> tuple[float, float]:
     return wilson(self.right, self.total)
 
   def __str__(self) -> str:
-    low, high = self.interval
-    return (
-      f'{self.mean:.1%} right (95% interval {low:.1%} to {high:.1%}, '
-      f'n={self.total}); {self.parseable / self.total:.0%} parseable'
-    )
+    parts = []
+    if self.total:
+      low, high = self.interval
+      parts += [
+        f'{self.mean:.1%} right (95% interval {low:.1%} to {high:.1%}, '
+        f'n={self.total})',
+        f'{self.parseable / self.total:.0%} parseable',
+      ]
+    if self.loss is not None:
+      parts.append(f'held-out loss {self.loss:.4f} nats a token')
+    return '; '.join(parts)
 
 
 def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
   """Wilson's score interval of a proportion, 95% by default (Wilson 1927)."""
+  if not total:
+    return 0.0, 1.0
   p = right / total
   middle = (p + z**2 / (2 * total)) / (1 + z**2 / total)
   spread = math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
@@ -57,43 +71,76 @@ def exact_match(
   model: Decoder,
   params: Any,
   tokenizer: Any,
-  task: Task,
-  data: DataSection,
+  rows: Sequence[Row],
+  form: Format = CHAT,
   *,
-  shots: Sequence[Problem] = (),
+  answer_pattern: str = '.+',
+  shots: Sequence[Row] = (),
   batch_size: int = 50,
   max_new_tokens: int = 16,
   progress: Any = iter,
 ) -> Score:
-  """Answers the held-out problems greedily and has them scored.
+  """Answers held-out questions greedily and has them scored.
 
   Args:
     model: the decoder.
     params: what it is applied to.
-    tokenizer: with a chat template.
-    task: problems and verifier; an answer is right if it scores 1.
-    data: how a problem is posed.
-    shots: solved problems shown before each question.
-    batch_size: problems answered at once.
+    tokenizer: a transformers fast tokenizer.
+    rows: with answers; right is what their verifiers score 1.
+    form: how a question is posed.
+    answer_pattern: regex of an answer of the right form.
+    shots: rows shown with their answers before each question.
+    batch_size: questions answered at once.
     max_new_tokens: an answer's length at most.
     progress: wraps the iterable over batches.
+
+  Raises:
+    ValueError: if a row has no answer.
   """
+  for row in rows:
+    if row.answer is None:
+      raise ValueError(
+        f'{row.place} has no answer to compare with; expected a completion or '
+        'an assistant turn at the end (or config.eval.exact_match=False)'
+      )
   right = parseable = 0
   samples = []
-  problems = task.held_out
-  starts = range(0, len(problems), batch_size)
+  starts = range(0, len(rows), batch_size)
   for start in progress(starts):
-    part = problems[start : start + batch_size]
-    prompts = [
-      prompt_ids(tokenizer, messages(data, problem, shots)) for problem in part
-    ]
+    part = rows[start : start + batch_size]
+    prompts = [question_ids(tokenizer, row, form, shots) for row in part]
     answers = generate(
       model, params, prompts, max_new_tokens, stop=[tokenizer.eos_token_id]
     )
-    for problem, ids in zip(part, answers, strict=True):
+    for row, ids in zip(part, answers, strict=True):
       answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
-      right += task.score(answer, problem) == 1
-      parseable += re.fullmatch(data.answer_pattern, answer) is not None
+      right += row.score(answer) == 1
+      parseable += re.fullmatch(answer_pattern, answer) is not None
       if len(samples) < 3:
-        samples.append((problem.question, answer, problem.answer))
-  return Score(right, parseable, len(problems), tuple(samples))
+        samples.append((row.question, answer, row.answer))
+  return Score(right, parseable, len(rows), tuple(samples))
+
+
+def held_out_loss(
+  model: Decoder, params: Any, batches: Iterable[Batch]
+) -> float:
+  """Mean cross-entropy of all learned tokens, in nats; exp of it: perplexity.
+
+  Args:
+    model: the decoder.
+    params: what it is applied to.
+    batches: finitely many, of one shape, such as `Batches.once()` gives.
+
+  Raises:
+    ValueError: if there are none.
+  """
+  total = tokens = 0.0
+  for batch in batches:
+    total += float(_loss(model, params, batch))
+    tokens += float(batch['weights'].sum())
+  if not tokens:
+    raise ValueError('held_out_loss: there is nothing to take the loss of')
+  return total / tokens
+
+
+_loss = jax.jit(summed_loss, static_argnums=0)

@@ -1,6 +1,8 @@
 """What a run shows while it runs: JSONL log, progress bar, memory."""
 
+import contextlib
 import json
+import os
 import resource
 import sys
 import time
@@ -14,23 +16,47 @@ import tqdm
 class Log:
   """metrics.jsonl: one JSON object a line, steps without gaps or doubles."""
 
-  def __init__(self, path: Path, resume_at: int = 0):
-    """Opens the log, dropping lines of steps that will be run again."""
-    self.path = path
-    if path.exists():
-      kept = [
-        row
-        for row in read_log(path)
-        if 'step' not in row or row['step'] <= resume_at
-      ]
-      lines = ''.join(json.dumps(row) + '\n' for row in kept)
-      part = path.with_suffix('.part')
-      part.write_text(lines)
-      part.replace(path)
+  def __init__(self, path: Path | None, position: int = 0):
+    """Opens the log, dropping what was written after a position.
 
-  def write(self, **row: Any) -> None:
-    with self.path.open('a') as file:
-      file.write(json.dumps(row) + '\n')
+    Args:
+      path: of the file; None logs nothing.
+      position: in bytes, as a checkpoint noted it.
+    """
+    self._file = None
+    if path is not None:
+      self._file = path.open('ab')
+      if path.stat().st_size > position:
+        # What follows belongs to steps that will be run again.
+        self._file.truncate(position)
+
+  def __enter__(self) -> 'Log':
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    if self._file is not None:
+      # Every row was flushed; one that could not be has been reported.
+      with contextlib.suppress(OSError):
+        self._file.close()
+
+  def write(self, row: dict[str, Any]) -> None:
+    if self._file is None:
+      return
+    try:
+      self._file.write((json.dumps(row, allow_nan=False) + '\n').encode())
+      self._file.flush()
+    except OSError as error:
+      raise OSError(
+        f'{self._file.name}: {error.strerror}; make room, and the same command '
+        'continues'
+      ) from error
+
+  def position(self) -> int:
+    """Bytes so far, all of them on the disk."""
+    if self._file is None:
+      return 0
+    os.fsync(self._file.fileno())
+    return os.fstat(self._file.fileno()).st_size
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -70,18 +96,24 @@ class Progress:
     self.steps = steps
     self.began = time.perf_counter()
 
-  def show(self, step: int, row: dict[str, float]) -> None:
+  def __enter__(self) -> 'Progress':
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.bar.close()
+
+  def show(self, step: int, row: dict[str, Any]) -> None:
     """One step done; row as it is logged."""
+    loss = row['loss']
     text = (
-      f'loss {row["loss"]:.4f}, lr {row["lr"]:.1e}, '
-      f'{row["tokens_per_second"]:.0f} tok/s, '
+      (f'loss {loss:.4f}' if loss is not None else 'loss not finite, skipped')
+      + f', lr {row["lr"]:.1e}, {row["tokens_per_second"]:.0f} tok/s, '
       f'{row["memory_bytes"] / 1e9:.1f} GB'
+      + (f', {row["skipped"]} skipped' if row['skipped'] else '')
     )
-    if self.bar.disable and (step % 10 == 0 or step == self.steps):
+    last = step == self.steps
+    if self.bar.disable and (step % 10 == 0 or last or loss is None):
       seconds = time.perf_counter() - self.began
       print(f'step {step}/{self.steps}: {text}, {seconds:.0f} s', flush=True)
     self.bar.set_postfix_str(text, refresh=False)
     self.bar.update()
-
-  def close(self) -> None:
-    self.bar.close()

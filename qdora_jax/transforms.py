@@ -73,7 +73,7 @@ def quantize(params: Tree, spec: QuantSpec) -> Tree:
   """
   flat = paths.flatten(params)
   skipped = unquantized(params, spec)
-  for path, hits in paths.select(params, spec.targets).items():
+  for path, hits in paths.select(params, spec.targets, 'quant.targets').items():
     _check_kernel(path, flat[path], spec.targets)
     if path in skipped:
       continue
@@ -95,16 +95,18 @@ _quantize = jax.jit(nf4.quantize, static_argnums=(1, 2))
 def unquantized(params: Tree, spec: QuantSpec) -> dict[str, str]:
   """{path: reason} of the targets that `quantize` leaves in full precision."""
   flat = paths.flatten(params)
+  chosen = paths.select(params, spec.targets, 'quant.targets')
   reasons = {}
-  for path in paths.select(params, spec.targets):
+  for path in chosen:
     try:
       nf4.check(flat[path].shape, flat[path].dtype, spec.block_size)
     except ValueError as error:
       reasons[path] = str(error)
-  if len(reasons) == len(paths.select(params, spec.targets)):
+  if len(reasons) == len(chosen):
+    path, why = next(iter(reasons.items()))
     raise ValueError(
-      f'nothing that targets={spec.targets!r} match can be quantized: '
-      + '; '.join(f'{path}: {why}' for path, why in reasons.items())
+      f'nothing that targets={spec.targets!r} match can be quantized: {path}: '
+      f'{why}; {len(reasons) - 1} more like it. Set another quant.block_size'
     )
   return reasons
 
@@ -122,22 +124,45 @@ def init_adapter(key: jax.Array, base: Tree, spec: AdapterSpec) -> Tree:
     spec: what and how.
 
   Returns:
-    Nested dicts whose leaves are `Adapter`s, with base's paths.
+    Nested dicts whose leaves are `Adapter`s, with base's paths; and float32
+    copies of what spec.trainable matches.
 
   Raises:
     ValueError: if targets or a pattern match nothing or no kernel, or a rank
       exceeds a kernel's smaller side.
   """
   flat = paths.flatten(base)
-  for pattern, _ in (*spec.rank_pattern, *spec.alpha_pattern):
-    paths.select(base, pattern)
+  for field in ('rank_pattern', 'alpha_pattern'):
+    for pattern, _ in getattr(spec, field):
+      paths.select(base, pattern, f'adapter.{field}')
   adapter = {}
-  for path in paths.select(base, spec.targets):
+  for path in paths.select(base, spec.targets, 'adapter.targets'):
     leaf = flat[path]
     names = tuple(paths.names(path, leaf))
     _check_kernel(path, leaf, spec.targets)
     adapter[path] = _init(key, leaf, names, spec)
+  if spec.trainable:
+    for path, hits in paths.select(
+      base, spec.trainable, 'adapter.trainable'
+    ).items():
+      if path in adapter or not all(hits) or kind(flat[path]).startswith('nf4'):
+        raise ValueError(
+          f'trainable={spec.trainable!r} matches {path}, which is '
+          f'{_why_not(path, adapter, hits, flat[path])}; expected unquantized '
+          'parameters beside the adapter, in all layers'
+        )
+      # A copy: a training step gives away the memory of what it trains.
+      adapter[path] = jnp.array(flat[path], jnp.float32, copy=True)
   return paths.unflatten(adapter)
+
+
+def _why_not(path: str, adapter: Tree, hits: Any, leaf: Any) -> str:
+  """Why a parameter cannot be trained in full beside an adapter."""
+  if path in adapter:
+    return 'adapted already'
+  return (
+    f'stored as {kind(leaf)}' if all(hits) else 'chosen in some layers only'
+  )
 
 
 def _check_kernel(path: str, leaf: Any, targets: str) -> None:
@@ -160,7 +185,8 @@ def _init(
     if spec.method != 'magnitude' and not 0 <= rank <= min(i, o):
       raise ValueError(
         f'rank {rank} for {name}: expected 1 to {min(i, o)}, the smaller side '
-        f'of its kernel {(i, o)} (0 leaves it unadapted)'
+        f'of its kernel {(i, o)}; lower adapter.rank, or set its own in '
+        'adapter.rank_pattern (0 leaves it unadapted)'
       )
   a = b = magnitude = None
   if spec.method != 'magnitude':
@@ -348,7 +374,10 @@ def freeze(base: Tree, adapter: Tree) -> Tree:
 
   Decoding then costs what LoRA costs, over any base and without a copy of it.
   """
-  return attach(base, adapter, norms=adapted_norms(base, adapter))
+  return attach(base, adapter, norms=_adapted_norms(base, adapter))
+
+
+_adapted_norms = jax.jit(adapted_norms)
 
 
 def merge(base: Tree, adapter: Tree) -> Tree:

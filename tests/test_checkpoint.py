@@ -6,7 +6,7 @@ import optax
 import pytest
 import tiny
 
-from qdora_jax import AdapterSpec, init_adapter
+from qdora_jax import AdapterSpec, QuantSpec, init_adapter, quantize
 from qdora_jax.checkpoint import Checkpoints
 
 
@@ -32,10 +32,47 @@ def abstract(state):
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
 
 
+BASE = {'base': 'llama nf4'}
+
+
+def wait(checkpoints):
+  checkpoints._manager.wait_until_finished()
+
+
+@pytest.mark.parametrize('method', ['none', 'lora', 'dora', 'magnitude'])
+def test_every_trained_tree_survives(tmp_path, method):
+  _, base, _ = tiny.loaded()
+  tree = base
+  if method != 'none':
+    spec = AdapterSpec(
+      method, 4, targets='.*/q/kernel', trainable='.*norm/scale'
+    )
+    tree = init_adapter(jax.random.key(0), base, spec)
+  first = Checkpoints(tmp_path)
+  first.save(1, tree, BASE)
+  first.close()
+  second = Checkpoints(tmp_path)
+  tiny.assert_same(second.restore(abstract(tree), BASE).state, tree)
+  second.close()
+
+
+@pytest.mark.parametrize('double', [False, True])
+def test_a_four_bit_base_survives_in_four_bits(tmp_path, double):
+  base = quantize(tiny.loaded()[1], QuantSpec(double_quant=double))
+  first = Checkpoints(tmp_path)
+  first.save(1, base, BASE)
+  first.close()
+  second = Checkpoints(tmp_path)
+  got = second.restore(abstract(base), BASE).state
+  second.close()
+  tiny.assert_same(got, base)
+  assert got['layers']['attn']['q']['kernel'].codes.dtype == jnp.uint8
+
+
 @pytest.mark.parametrize('to', ['arrays', 'shapes'])
 def test_a_round_trip_is_exact(state, tmp_path, to):
   first = Checkpoints(tmp_path)
-  first.save(7, state, 'base')
+  first.save(7, state, BASE | {'data': {'next_index': 3}})
   first.close()
   # As another process would.
   second = Checkpoints(tmp_path)
@@ -43,22 +80,23 @@ def test_a_round_trip_is_exact(state, tmp_path, to):
   like = (
     abstract(state) if to == 'shapes' else jax.tree.map(jnp.ones_like, state)
   )
-  got = second.restore(like, 'base')
+  got = second.restore(like, BASE)
   second.close()
-  tiny.assert_same(got, state)
+  tiny.assert_same(got.state, state)
+  assert (got.step, got.meta['data']) == (7, {'next_index': 3})
 
 
 def test_the_newest_is_restored_and_old_ones_are_deleted(state, tmp_path):
   adapter, _ = state
   made = Checkpoints(tmp_path, keep=2)
   for n in range(1, 4):
-    made.save(n, jax.tree.map(lambda a, n=n: a * n, adapter), 'base')
+    made.save(n, jax.tree.map(lambda a, n=n: a * n, adapter), BASE)
   made.close()
   made = Checkpoints(tmp_path, keep=2)
-  for step, n in ((None, 3), (2, 2)):
-    got = made.restore(adapter, 'base', step)
-    tiny.assert_same(got, jax.tree.map(lambda a, n=n: a * n, adapter))
+  step, got, _ = made.restore(adapter, BASE)
   made.close()
+  assert step == 3
+  tiny.assert_same(got, jax.tree.map(lambda a: a * 3, adapter))
   kept = {p.name for p in tmp_path.iterdir() if p.is_dir()}
   assert kept == {'2', '3'}
 
@@ -67,23 +105,34 @@ def test_what_is_saved_may_be_donated_at_once(state, checkpoints):
   """Writing goes on behind while the next step consumes its input."""
   adapter, _ = state
   want = jax.tree.map(lambda a: jnp.array(a, copy=True), adapter)
-  checkpoints.save(1, adapter, 'base')
+  checkpoints.save(1, adapter, BASE)
   jax.jit(lambda t: jax.tree.map(jnp.zeros_like, t), donate_argnums=0)(adapter)
-  checkpoints._manager.wait_until_finished()
-  tiny.assert_same(checkpoints.restore(want, 'base'), want)
+  wait(checkpoints)
+  tiny.assert_same(checkpoints.restore(want, BASE).state, want)
 
 
 def test_another_bases_checkpoint_is_refused(state, checkpoints):
   adapter, _ = state
-  checkpoints.save(1, adapter, 'llama nf4')
-  checkpoints._manager.wait_until_finished()
-  words = 'belongs to another base: llama nf4, here smollm None'
+  checkpoints.save(1, adapter, BASE)
+  wait(checkpoints)
+  words = 'checkpoints/1 belongs to another base: llama nf4, here smollm None'
   with pytest.raises(ValueError, match=words):
-    checkpoints.restore(adapter, 'smollm None')
+    checkpoints.restore(adapter, {'base': 'smollm None'})
+
+
+def test_another_ranks_checkpoint_is_refused(state, checkpoints):
+  adapter, _ = state
+  checkpoints.save(1, adapter, BASE)
+  wait(checkpoints)
+  spec = AdapterSpec('dora', 8, targets=r'.*/(q|down)/kernel')
+  other = init_adapter(jax.random.key(0), tiny.loaded()[1], spec)
+  words = r'another model or rank: .*lora_a is \(3, 64, 4\), here \(3, 64, 8\)'
+  with pytest.raises(ValueError, match=words):
+    checkpoints.restore(other, BASE)
 
 
 def test_no_checkpoint_says_where(checkpoints, tmp_path):
   assert checkpoints.latest() is None
   words = f'no checkpoint in {tmp_path}/checkpoints; train first'
   with pytest.raises(FileNotFoundError, match=words):
-    checkpoints.restore({'a': jnp.ones(2)}, 'base')
+    checkpoints.restore({'a': jnp.ones(2)}, BASE)

@@ -9,7 +9,7 @@ from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import load_adapter
 from qdora_jax.cli import main, read_config
-from qdora_jax.train import load_scores
+from qdora_jax.folder import load_scores
 
 TARGETS = r'.*/(q|down)/kernel'
 
@@ -58,8 +58,9 @@ def test_train_leaves_its_files(trained):
     json.loads(x) for x in (run / 'metrics.jsonl').read_text().split('\n') if x
   ]
   assert [row['step'] for row in rows] == [1, 2, 3, 4]
-  keys = {'step', 'loss', 'lr', 'grad_norm', 'tokens_per_second'}
-  assert all(row.keys() == keys | {'memory_bytes'} for row in rows)
+  keys = {'step', 'loss', 'lr', 'grad_norm', 'tokens', 'skipped'}
+  keys |= {'seconds', 'tokens_per_second', 'memory_bytes'}
+  assert all(row.keys() == keys for row in rows)
   assert rows[-1]['loss'] < rows[0]['loss']
   scores = load_scores(run / 'scores.json')
   assert list(scores) == ['zero-shot', '1-shot', 'fine-tuned']
@@ -110,7 +111,7 @@ def test_the_chat_template_stands_around_a_prompt(
     return [tiny.loaded()[2].encode(' 7 ', add_special_tokens=False)]
 
   monkeypatch.setattr(
-    importlib.import_module('qdora_jax.generate'), 'generate', generate
+    importlib.import_module('qdora_jax.run'), 'generate', generate
   )
   args = ['--workdir', str(trained / 'run'), '--prompt', '3+4=']
   assert main(['generate', *args]) == 0
@@ -242,7 +243,7 @@ def test_a_task_that_cannot_be_had(
   def load(*_):
     raise kind(words)
 
-  monkeypatch.setattr('qdora_jax.data.reasoning_gym.load', load)
+  monkeypatch.setattr('qdora_jax.rows.reasoning_gym.load', load)
   assert words in error(capsys, train(tmp_path, file), 1)
 
 
@@ -252,6 +253,6 @@ def test_an_interrupted_command_says_how_to_go_on(
   def load(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr('qdora_jax.data.reasoning_gym.load', load)
+  monkeypatch.setattr('qdora_jax.rows.reasoning_gym.load', load)
   err = error(capsys, train(tmp_path, file), 130)
   assert 'interrupted; the same command continues' in err

@@ -1,19 +1,37 @@
-"""From a task to batches: what is asked, what is learned, in which order."""
+"""From rows to batches: what is learned, in which order, beside what."""
 
 import collections
+import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import data
-from qdora_jax.data import Batches, Example, Problem
+from qdora_jax import chat, data, train
+from qdora_jax.chat import Example
+from qdora_jax.data import Batches
 
 
 def section(**overrides):
   return tiny.run_config(
     'none', **{f'data.{k}': v for k, v in overrides.items()}
   ).data
+
+
+def write(path, rows):
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return str(path)
+
+
+def sums(numbers):
+  return [{'prompt': f'{n}+1', 'completion': f'{n + 1}'} for n in numbers]
+
+
+def questions(rows):
+  return [row.question for row in rows]
 
 
 @pytest.fixture
@@ -24,148 +42,282 @@ def calls(monkeypatch):
 def test_no_question_is_trained_on_and_tested_on(calls):
   # Half of what is drawn are repetitions.
   options = {'distinct': 30}
-  task = data.load_task(section(options=options, seed=5))
-  assert (len(task.train), len(task.held_out)) == (24, 6)
-  questions = [p.question for p in (*task.train, *task.held_out)]
-  assert len(set(questions)) == 30
+  found = data.load_data(section(options=options, seed=5))
+  (train_rows,) = found.train.values()
+  assert (len(train_rows), len(found.held_out)) == (24, 6)
+  every = questions([*train_rows, *found.held_out])
+  assert len(set(every)) == 30
   assert calls == [('sums', 60, 5, options)]
   # The first ones drawn are held out, however many are trained on.
-  assert task.held_out[0].question == '5+0='
-  fewer = data.load_task(section(train_size=3, seed=5))
-  assert [p.question for p in fewer.held_out] == questions[24:]
+  assert found.held_out[0].question == '5+0='
+  fewer = data.load_data(section(train_size=3, seed=5))
+  assert questions(fewer.held_out) == every[24:]
 
 
-def test_the_judge_is_the_tasks_own(calls):
-  task = data.load_task(section())
-  problem = task.held_out[3]
-  assert (problem.question, problem.answer) == ('3+0=', '3')
-  assert task.score('3', problem) == 1
-  assert task.score('4', problem) == 0.01
+def test_a_task_makes_a_thousand_rows_by_itself(calls):
+  data.load_data(section(train_size=0, options={'distinct': 2000}))
+  assert calls[0][1] == 2 * 1006
 
 
-def test_too_few_questions_says_how_many(calls):
-  words = 'has 20 distinct questions among 60.* ask for 30'
-  with pytest.raises(ValueError, match=words):
-    data.load_task(section(options={'distinct': 20}))
+def test_held_out_rows_of_a_file_are_random_distinct_and_not_trained_on(
+  tmp_path,
+):
+  # Every question twice.
+  path = write(tmp_path / 'a.jsonl', sums([*range(40), *range(40)]))
+  options = {'path': path, 'train_size': 0, 'eval_size': 10}
+  found = data.load_data(section(**options))
+  tested, (rows,) = questions(found.held_out), found.train.values()
+  assert len(set(tested)) == len(tested) == 10
+  assert tested != questions(rows)[:10]
+  assert not set(tested) & set(questions(rows))
+  assert len(rows) == 60
+  again = data.load_data(section(**options))
+  assert questions(again.held_out) == tested
+  other = data.load_data(section(**options, seed=1))
+  assert questions(other.held_out) != tested
+  # Whatever is trained on.
+  few = data.load_data(section(**options | {'train_size': 5}))
+  assert questions(few.held_out) == tested
 
 
-@pytest.mark.parametrize('name', ['gsm8k', 'reasoning_gym', 'other/chain_sum'])
-def test_an_unknown_data_set_is_named(name):
-  with pytest.raises(ValueError, match=f"config.data.name='{name}'"):
-    data.load_task(section(name=name))
-
-
-def test_a_task_without_answers_is_refused(monkeypatch):
-  """reasoning-gym gives None where many answers are right: nothing to learn."""
-  sums = tiny.Sums(60, 0)
-  monkeypatch.setattr(
-    tiny.Sums, '__getitem__', lambda _, i: {'question': f'{i}', 'answer': None}
+def test_a_file_of_its_own_is_held_out_and_left_out_of_training(tmp_path):
+  path = write(tmp_path / 'a.jsonl', sums(range(40)))
+  held = write(tmp_path / 'b.jsonl', sums(range(30, 50)))
+  found = data.load_data(
+    section(path=path, eval_path=held, train_size=0, eval_size=15)
   )
-  monkeypatch.setattr('qdora_jax.data.reasoning_gym.load', lambda *_: sums)
-  with pytest.raises(ValueError, match='answer'):
-    data.load_task(section())
+  assert questions(found.held_out) == [f'{n}+1' for n in range(30, 45)]
+  (rows,) = found.train.values()
+  assert questions(rows) == [f'{n}+1' for n in range(30)]
 
 
-ONE = Problem('1+2=', '3', {})
-SHOT = Problem('4+4=', '8', {})
+def test_several_sources_give_held_out_rows_by_weight(tmp_path, calls):
+  path = write(tmp_path / 'a.jsonl', sums(range(40)))
+  found = data.load_data(
+    section(mix={path: 3.0, 'reasoning_gym/sums': 1.0}, eval_size=8)
+  )
+  assert list(found.train) == [path, 'reasoning_gym/sums']
+  assert found.weights == {path: 3.0, 'reasoning_gym/sums': 1.0}
+  names = collections.Counter(
+    row.place.split('[')[0].split(':')[0] for row in found.held_out
+  )
+  assert names == {path: 6, 'reasoning_gym/sums': 2}
 
 
-def test_a_question_stands_in_a_chat():
-  bare = section()
-  assert data.messages(bare, ONE) == [{'role': 'user', 'content': '1+2='}]
-  full = section(system='Add.', instruction='A number.')
-  assert data.messages(full, ONE, [SHOT]) == [
-    {'role': 'system', 'content': 'Add.'},
-    {'role': 'user', 'content': '4+4=\nA number.'},
-    {'role': 'assistant', 'content': '8'},
-    {'role': 'user', 'content': '1+2=\nA number.'},
-  ]
-
-
-def test_prompts_are_the_chat_templates():
-  tokenizer = tiny.loaded()[2]
-  chat = data.messages(section(system='Add.'), ONE, [SHOT])
-  ids = data.prompt_ids(tokenizer, chat)
-  text = 's:Add.\nu:4+4=\na:8</s>u:1+2=\na:'
-  assert tokenizer.decode(ids) == text
-  assert len(ids) == len(text) - len('</s>') + 1
-
-
-def test_a_completion_is_the_answer_and_its_end():
-  tokenizer = tiny.loaded()[2]
-  example = data.encode(tokenizer, section(), Problem('9+9=', '18', {}))
-  assert tokenizer.decode(example.prompt) == 'u:9+9=\na:'
-  assert tokenizer.decode(example.completion) == '18</s>'
-  assert example.completion[-1] == tiny.EOS
+def test_nothing_left_to_train_on_says_so(tmp_path):
+  path = write(tmp_path / 'a.jsonl', sums(range(5)))
+  with pytest.raises(ValueError, match=r'a.jsonl: nothing is left to train on'):
+    data.load_data(section(path=path, eval_size=5))
 
 
 def examples(count=7):
-  """Example n has n + 2 prompt tokens and 1 to 3 of completion, all alike."""
-  return [
-    Example((10 + n,) * (n + 2), (100 + n,) * (1 + n % 3)) for n in range(count)
-  ]
+  """Example n has n + 2 tokens before 1 to 3 learned ones, all its own."""
+  made = []
+  for n in range(count):
+    before, after = n + 2, 1 + n % 3
+    tokens = [10 + n] * before + [100 + n] * after
+    made.append(of(tokens, [False] * before + [True] * after))
+  return made
 
 
-def test_labels_are_the_completions_tokens():
-  batches = Batches.make(examples(), 4, 0, seed=0)
+def of(tokens, learned):
+  return Example(np.array(tokens, np.int32), np.array(learned, bool))
+
+
+def test_labels_are_the_learned_tokens():
+  batches = Batches(examples(), 4)
   # The longest is 8 + 1 tokens; lengths are in eights.
-  assert (batches.length, batches.completion, batches.dropped) == (16, 3, 0)
-  batch = batches(3)
+  assert (batches.length, batches.learned) == (16, 3)
+  batch = batches[3]
   assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
     'tokens': ((4, 16), 'int32'),
+    'positions': ((4, 16), 'int32'),
+    'segments': ((4, 16), 'int32'),
     'loss_at': ((4, 3), 'int32'),
     'labels': ((4, 3), 'int32'),
     'weights': ((4, 3), 'float32'),
   }
   for row in range(4):
     n = batch['tokens'][row, 0] - 10
-    example = examples()[n]
-    ids = [*example.prompt, *example.completion]
+    ids = examples()[n].tokens.tolist()
     assert batch['tokens'][row].tolist() == ids + [0] * (16 - len(ids))
-    count = len(example.completion)
+    count = 1 + n % 3
     assert batch['weights'][row].tolist() == [1] * count + [0] * (3 - count)
     at = batch['loss_at'][row, :count]
     # The token behind the place it is predicted from.
-    assert batch['tokens'][row, at + 1].tolist() == list(example.completion)
-    assert batch['labels'][row, :count].tolist() == list(example.completion)
+    assert batch['tokens'][row, at + 1].tolist() == [100 + n] * count
+    assert batch['labels'][row, :count].tolist() == [100 + n] * count
+    assert batch['segments'][row].sum() == len(ids)
+
+
+def test_counts_are_true():
+  counts = Batches(examples(), 4, seq_len=9).counts
+  # Lengths are 3, 5, 7, 6, 8, 10 and 9.
+  assert (counts.examples, counts.tokens, counts.dropped) == (6, 38, 1)
+  assert counts.learned == 1 + 2 + 3 + 1 + 2 + 1
+  assert (counts.packed, counts.length) == (6, 16)
+  assert counts.filled == 38 / 96
+  assert 'TOO LONG: 1 dropped' in str(counts)
+  assert 'TOO LONG' not in str(Batches(examples(), 4).counts)
+
+
+def test_longer_examples_are_cut_and_counted():
+  batches = Batches(examples(), 4, seq_len=8, too_long='truncate')
+  counts = batches.counts
+  # Of lengths 10 and 9, one keeps no learned token: 8 before 1, and 7 + 3 is
+  # cut to 7 + 1.
+  assert (counts.examples, counts.truncated, counts.dropped) == (6, 1, 1)
+  assert max(map(len, batches._layouts)) == 1
+  assert '1 dropped and 1 truncated' in str(counts)
+
+
+def test_nothing_to_learn_is_an_error():
+  with pytest.raises(ValueError, match=r'none of 7 .*train.seq_len=2'):
+    Batches(examples(), 4, 2)
+  with pytest.raises(ValueError, match=r'a\.jsonl: there are no examples'):
+    Batches({'a.jsonl': []}, 4)
 
 
 def seen(batches, steps):
-  firsts = [batches(n)['tokens'][:, 0] for n in steps]
+  firsts = [batches[n]['tokens'][:, 0] for n in steps]
   return (np.concatenate(firsts) - 10).tolist()
 
 
 def test_every_epoch_sees_every_example_once_in_another_order():
-  order = seen(Batches.make(examples(), 4, 0, seed=0), range(14))
+  order = seen(Batches(examples(), 4), range(14))
   epochs = [order[7 * n : 7 * n + 7] for n in range(8)]
   assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
   assert len(set(map(tuple, epochs))) > 6
 
 
 def test_a_step_sees_the_same_whenever_it_is_asked():
-  batches = Batches.make(examples(), 4, 0, seed=0)
+  batches = Batches(examples(), 4)
   forward = [seen(batches, [n]) for n in range(9)]
-  again = Batches.make(examples(), 4, 0, seed=0)
+  again = Batches(examples(), 4)
   assert [seen(again, [n]) for n in reversed(range(9))] == forward[::-1]
-  other = Batches.make(examples(), 4, 0, seed=1)
+  other = Batches(examples(), 4, seed=1)
   assert seen(other, range(9)) != seen(batches, range(9))
 
 
-def test_a_batch_larger_than_the_data_is_filled_from_the_next_epochs():
-  order = seen(Batches.make(examples(3), 8, 0, seed=0), [0])
-  assert collections.Counter(order[:6]) == {0: 2, 1: 2, 2: 2}
+def test_the_position_of_an_iterator_is_restored_through_json():
+  batches = Batches({'a': examples(), 'b': examples(3)}, 4)
+  source = iter(batches)
+  for _ in range(5):
+    next(source)
+  state = json.loads(json.dumps(source.get_state()))
+  want = [next(source) for _ in range(6)]
+  fresh = iter(Batches({'a': examples(), 'b': examples(3)}, 4))
+  fresh.set_state(state)
+  for n, batch in enumerate(want):
+    got = next(fresh)
+    for key in batch:
+      np.testing.assert_array_equal(got[key], batch[key])
+      np.testing.assert_array_equal(batches[5 + n][key], batch[key])
 
 
-def test_longer_examples_are_dropped_and_counted():
-  batches = Batches.make(examples(), 4, 5, seed=0)
-  # Lengths are 3, 5, 7, 6, 8, 10 and 9.
-  assert (len(batches.examples), batches.dropped) == (2, 5)
-  assert batches.length == 8
-  assert Batches.make(examples(), 4, 10, seed=0).dropped == 0
+def test_once_sees_every_example_in_order_and_fills_up_with_nothing():
+  batches = Batches(examples(), 4)
+  parts = list(batches.once())
+  assert [part['tokens'][:, 0].tolist() for part in parts] == [
+    [10, 11, 12, 13],
+    [14, 15, 16, 0],
+  ]
+  assert parts[1]['weights'][3].sum() == parts[1]['segments'][3].sum() == 0
 
 
-def test_nothing_to_learn_is_an_error():
-  with pytest.raises(ValueError, match=r'none of 7 .*train.seq_len=2'):
-    Batches.make(examples(), 4, 2, seed=0)
-  with pytest.raises(ValueError, match='example 1 has no completion'):
-    Batches.make([*examples(1), Example((1,), ())], 4, 0, seed=0)
+@pytest.mark.parametrize('packing', [False, True])
+def test_weights_are_shares_of_the_examples(packing):
+  """However long the examples of a source are, and in whichever rows."""
+  short = [of([1, 2], [False, True]) for _ in range(50)]
+  long = [of([3] * 7 + [4], [False] * 7 + [True]) for _ in range(20)]
+  batches = Batches(
+    {'short': short, 'long': long},
+    8,
+    8,
+    packing=packing,
+    weights={'short': 3.0, 'long': 1.0},
+  )
+  labels = collections.Counter()
+  for n in range(60):
+    batch = batches[n]
+    labels.update(batch['labels'][batch['weights'] > 0].tolist())
+  assert labels[2] / (labels[2] + labels[4]) == pytest.approx(0.75, abs=0.01)
+
+
+def test_packing_loses_nothing_and_fills_rows():
+  draw = np.random.RandomState(0)
+  many = []
+  for n in range(300):
+    size = draw.randint(2, 60)
+    many.append(of([n] * size, [False] * (size - 1) + [True]))
+  batches = Batches(many, 4, 64, packing=True)
+  counts = collections.Counter()
+  for batch in batches.once():
+    for row in range(4):
+      tokens, segments = batch['tokens'][row], batch['segments'][row]
+      for segment in range(1, segments.max() + 1):
+        inside = segments == segment
+        (n,) = set(tokens[inside].tolist())
+        counts[n] += 1
+        assert inside.sum() == len(many[n])
+        assert batch['positions'][row][inside].tolist() == [
+          *range(len(many[n]))
+        ]
+      # What is learned is predicted from within the same example.
+      live = batch['weights'][row] > 0
+      at = batch['loss_at'][row][live]
+      assert (segments[at] == segments[at + 1]).all()
+      assert batch['labels'][row][live].tolist() == tokens[at + 1].tolist()
+  assert counts == dict.fromkeys(range(300), 1)
+  assert batches.counts.filled > 0.97
+
+
+def test_packed_examples_cannot_see_each_other():
+  """Losses and gradients are those of the examples alone in their rows."""
+  model, params, tokenizer = tiny.loaded()
+  texts = [('a' * 5, 'bc'), ('d' * 9, 'efg'), ('h', 'i'), ('jk', 'l' * 4)]
+  rows = [{'prompt': p, 'completion': c} for p, c in texts]
+  some = [chat.encode(tokenizer, row) for row in rows]
+  packed = next(Batches(some, 1, 64, packing=True).once())
+  assert packed['segments'].max() == 4
+  alone = next(Batches(some, 4).once())
+  gradient = jax.jit(
+    jax.value_and_grad(lambda p, b: train.summed_loss(model, p, b))
+  )
+  (one, ones), (four, fours) = (
+    gradient(params, batch) for batch in (packed, alone)
+  )
+  np.testing.assert_allclose(one, four, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(ones), jax.tree.leaves(fours), strict=True):
+    assert tiny.relative(a, b) <= 1e-4
+
+
+def test_no_gradient_reaches_another_packed_example():
+  """What the loss of one feels of the embeddings of others is exactly 0."""
+  model, params, tokenizer = tiny.loaded(tied=False)
+  rows = [{'prompt': 'a' * n, 'completion': 'bc'} for n in (3, 9, 5)]
+  some = [chat.encode(tokenizer, row) for row in rows]
+  batch = next(Batches(some, 1, 64, packing=True).once())
+  segments, length = batch['segments'][0], batch['tokens'].shape[1]
+  table = params['embed']['embedding']
+
+  def loss_of(one, places):
+    """With a row of the embedding for each place."""
+    of_one = batch['segments'][0, batch['loss_at'][0]] == one
+    part = batch | {
+      'tokens': np.arange(length)[None],
+      'weights': batch['weights'] * of_one[None],
+    }
+    embedding = jnp.concatenate([places, table[length:]])
+    return train.summed_loss(
+      model, params | {'embed': {'embedding': embedding}}, part
+    )
+
+  gradient = jax.jit(jax.grad(loss_of, argnums=1))
+  for one in (1, 2, 3):
+    felt = gradient(one, table[batch['tokens'][0]])
+    felt = np.abs(np.asarray(felt)).sum(-1)
+    inside = np.flatnonzero(segments == one)
+    # The last token of an example is only a label.
+    assert (felt[inside[:-1]] > 0).all()
+    assert (felt[segments != one] == 0).all()

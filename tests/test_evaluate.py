@@ -1,10 +1,14 @@
 """Intervals as published, and exact match as the task's judge has it."""
 
+import jax
+import numpy as np
 import pytest
 import tiny
+from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import data, evaluate
+from qdora_jax import chat, data, evaluate
 from qdora_jax.evaluate import Score, wilson
+from qdora_jax.rows import Row
 
 
 # Newcombe 1998 (Statistics in Medicine 17:857), table I, method 3; the tens:
@@ -38,16 +42,42 @@ def test_a_score_in_words():
   assert score.interval == wilson(81, 263)
   words = '30.8% right (95% interval 25.5% to 36.6%, n=263); 76% parseable'
   assert str(score) == words
+  score = Score(81, 200, 263, loss=0.5)
+  assert str(score) == words + '; held-out loss 0.5000 nats a token'
+  assert str(Score(0, 0, 0, loss=2.25)) == 'held-out loss 2.2500 nats a token'
+
+
+def test_a_row_without_an_answer_is_named(monkeypatch):
+  rows = [Row({'text': 'once'}, 'stories.jsonl:3')]
+  with pytest.raises(ValueError, match=r'stories.jsonl:3 has no answer'):
+    evaluate.exact_match(None, None, None, rows)
+
+
+def test_the_held_out_loss_is_the_mean_over_all_learned_tokens():
+  """Of batches of unequal weight, against the logits themselves."""
+  model, params, tokenizer = tiny.loaded()
+  rows = [{'prompt': 'x' * n, 'completion': 'y' * (3 * n)} for n in (1, 2, 4)]
+  examples = [chat.encode(tokenizer, row) for row in rows]
+  batches = data.Batches(examples, batch_size=2)
+  got = evaluate.held_out_loss(model, params, batches.once())
+  each = []
+  for example in examples:
+    logits = model.apply({'params': params}, example.tokens[None])[0]
+    logp = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    for at in np.flatnonzero(example.learned):
+      each.append(-logp[at - 1, example.tokens[at]])
+  assert len(each) == 3 * 7 + 3
+  np.testing.assert_allclose(got, np.mean(each), rtol=1e-5)
+  with pytest.raises(ValueError, match='nothing'):
+    evaluate.held_out_loss(model, params, [])
 
 
 def run(monkeypatch, say, **options):
   """exact_match with a model that says say(question) to each question."""
   tokenizer = tiny.loaded()[2]
   section = tiny.run_config('none').data
-  monkeypatch.setattr(
-    data.reasoning_gym, 'load', lambda _, size, *__: tiny.Sums(size, 0)
-  )
-  task = data.load_task(section)
+  tiny.use_sums(monkeypatch)
+  found = data.load_data(section)
   calls = []
 
   def answer(model, params, prompts, count, *, stop):
@@ -58,9 +88,16 @@ def run(monkeypatch, say, **options):
 
   monkeypatch.setattr(evaluate, 'generate', answer)
   score = evaluate.exact_match(
-    'model', 'params', tokenizer, task, section, **options
+    'model',
+    'params',
+    tokenizer,
+    found.held_out,
+    section.format(),
+    answer_pattern=section.answer_pattern,
+    **options,
   )
-  return score, calls, task
+  (train,) = found.train.values()
+  return score, calls, train
 
 
 ANSWERS = {'0+0=': '0', '1+0=': '2', '2+0=': 'two', '3+0=': ' 3 ', '4+0=': ''}
@@ -87,9 +124,9 @@ def test_exact_match_counts_right_and_wellformed_answers(monkeypatch):
 
 
 def test_solved_problems_stand_before_each_question(monkeypatch):
-  score, calls, task = run(monkeypatch, lambda q: q[0])
+  score, calls, train = run(monkeypatch, lambda q: q[0])
   assert score.right == score.total == 6
-  shots = task.train[:2]
+  shots = train[:2]
   assert [s.question for s in shots] == ['6+0=', '7+0=']
   _, calls, _ = run(monkeypatch, lambda q: q[0], shots=shots)
   ((_, _, texts, _, _),) = calls

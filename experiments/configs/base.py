@@ -17,13 +17,26 @@ def get_config() -> ml_collections.ConfigDict:
   # products, 'block' the layers' inputs alone.
   config.model.remat = 'block'
 
-  config.data = ml_collections.ConfigDict()
-  # 'reasoning_gym/TASK'.
+  # Without convert_dict, what is written {...} stays an ordinary dict, and its
+  # keys may hold dots.
+  config.data = ml_collections.ConfigDict(convert_dict=False)
+  # 'reasoning_gym/TASK', or 'hub:OWNER/NAME' for Hugging Face data sets.
   config.data.name = 'reasoning_gym/chain_sum'
-  # For data that lies in files.
+  # A file instead: .jsonl, .json (both also .gz) or .parquet.
   config.data.path = ''
-  # The task's own options.
-  config.data.options = ml_collections.ConfigDict(type_safe=False)
+  # Several instead, by their share of the examples: {'a.jsonl': 3, 'b.json': 1}
+  # - a source is anything that name or path may be.
+  config.data.mix = {}
+  # A file of rows to test on; '' takes data.eval_size of the above.
+  config.data.eval_path = ''
+  # Which field is which: {'prompt': 'question', 'completion': 'answer'}. A row
+  # has 'messages', or 'prompt' and 'completion', or 'text'.
+  config.data.fields = {}
+  # The task's own options, or those of datasets.load_dataset.
+  config.data.options = {}
+  # 'chat' puts a prompt and its completion into the model's chat template,
+  # 'plain' joins them as they are.
+  config.data.template = 'chat'
   # Stands after each question, so that the answer's format is known before any
   # training.
   config.data.instruction = ''
@@ -32,9 +45,15 @@ def get_config() -> ml_collections.ConfigDict:
   # What a well-formed answer looks like; the share of those is reported.
   config.data.answer_pattern = r'.+'
   config.data.seed = 0
-  # Problems to train on, and others to evaluate on.
-  config.data.train_size = 1000
+  # Rows to train on; 0 takes all of a file, and makes 1000 of a task.
+  config.data.train_size = 0
+  # Rows to evaluate on, before and after; 0 for no evaluation.
   config.data.eval_size = 200
+  # Lays several examples into one row of train.seq_len tokens; they cannot see
+  # each other.
+  config.data.packing = False
+  # 'drop' or 'truncate' examples longer than train.seq_len. Both are counted.
+  config.data.too_long = 'drop'
 
   config.quant = ml_collections.ConfigDict()
   # 'nf4' or 'none'.
@@ -45,7 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.quant.block_size = 64
   config.quant.double_quant = True
 
-  config.adapter = ml_collections.ConfigDict()
+  config.adapter = ml_collections.ConfigDict(convert_dict=False)
   # 'none' (full fine-tuning), 'lora', 'dora' or 'magnitude'.
   config.adapter.method = 'dora'
   config.adapter.rank = 16
@@ -54,44 +73,69 @@ def get_config() -> ml_collections.ConfigDict:
   # QLoRA, section 5: adapt all linear layers.
   config.adapter.targets = r'.*/(q|k|v|o|gate|up|down)/kernel'
   # {regex: rank}, {regex: alpha}; the first match wins.
-  # Rules hold dots, and their order counts.
-  rules = {'type_safe': False, 'allow_dotted_keys': True, 'sort_keys': False}
-  config.adapter.rank_pattern = ml_collections.ConfigDict(**rules)
-  config.adapter.alpha_pattern = ml_collections.ConfigDict(**rules)
+  config.adapter.rank_pattern = {}
+  config.adapter.alpha_pattern = {}
   config.adapter.rslora = False
   # DoRA's norm without a dense weight, held constant: False is for ablations.
   config.adapter.factored = True
   config.adapter.detach = True
+  # Trained in full beside the adapter, by regex: r'.*norm/scale', the head
+  # (r'lm_head/kernel'), the embedding (r'embed/embedding'); '' for none.
+  config.adapter.trainable = ''
+  # PEFT files to go on from; rank and alpha must be theirs.
+  config.adapter.path = ''
 
   config.train = ml_collections.ConfigDict()
   config.train.steps = 100
   # Examples per optimizer step.
   config.train.batch_size = 8
-  # Tokens per example at most; longer ones are dropped and counted. 0 takes the
-  # longest example's length.
+  # Tokens per row at most; see data.too_long. 0 takes the longest example's.
   config.train.seq_len = 0
   # An optimizer step's batch is split into so many, one after the other.
   config.train.microbatches = 1
   # Steps between checkpoints.
   config.train.save_every = 25
+  # A step whose loss or gradient is not finite is skipped and counted; so many
+  # in a row end the run.
+  config.train.max_skipped = 5
 
-  config.optim = ml_collections.ConfigDict()
+  config.optim = ml_collections.ConfigDict(convert_dict=False)
+  # Any optimizer of optax or optax.contrib that takes a learning rate.
+  config.optim.name = 'adamw'
   config.optim.lr = 2e-4
   # 'constant', 'linear' or 'cosine', after a linear warm-up.
   config.optim.schedule = 'constant'
   config.optim.warmup_steps = 0
-  config.optim.b1 = 0.9
-  config.optim.b2 = 0.999
-  config.optim.eps = 1e-8
+  # Of everything but magnitudes, norms and biases.
   config.optim.weight_decay = 0.0
   # Largest global gradient norm; 0 for none.
   config.optim.clip = 0.0
+  # Its further keywords, such as {'b2': 0.95}.
+  config.optim.options = {}
+  # {regex: factor of the learning rate} over names of trained arrays, the first
+  # match wins: {'.*/lora_b': 16.0} is LoRA+, {'.*/lora_a': 0.0} freezes A.
+  config.optim.lr_scale = {}
 
   config.eval = ml_collections.ConfigDict()
+  # The untrained model is evaluated, too: bare, and with solved examples.
+  config.eval.before = True
+  # Beside the held-out loss, answers are generated and compared.
+  config.eval.exact_match = True
   # Solved examples in the few-shot prompt that the base is tried with, beside
   # the bare question.
   config.eval.shots = 3
+  # Steps between evaluations during training (held-out loss, and so many
+  # answers to look at); 0 for none.
+  config.eval.every = 0
+  config.eval.samples = 2
   # Its KV cache is what evaluation costs in memory.
   config.eval.batch_size = 50
   config.eval.max_new_tokens = 16
+
+  config.mesh = ml_collections.ConfigDict()
+  # Devices: `data` splits the batch, `fsdp` the batch and the weights (-1: all
+  # that are left), `tensor` the features.
+  config.mesh.data = 1
+  config.mesh.fsdp = -1
+  config.mesh.tensor = 1
   return config

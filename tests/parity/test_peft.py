@@ -1,5 +1,6 @@
 """Adapter files both ways: PEFT writes and we read, we write and PEFT reads."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,9 +11,20 @@ pytest.importorskip('peft')
 pytest.importorskip('transformers')
 
 import peft
+import tiny
 from golden import cases, ours, strangers, weights
 
-from qdora_jax import attach, load_adapter, load_pretrained, save_adapter
+from qdora_jax import (
+  AdapterSpec,
+  attach,
+  init_adapter,
+  load_adapter,
+  load_pretrained,
+  paths,
+  save_adapter,
+)
+
+EXTRA = r'.*norm/scale|embed/embedding|lm_head/kernel'
 
 METHODS = pytest.mark.parametrize('method', ['lora', 'dora'])
 
@@ -64,3 +76,52 @@ def test_peft_reads_what_we_write(llama, method, tmp_path):
   assert ours.relative(got, golden) <= 1e-5
   plain = ours.logits(decoder, base, cases.prompt())
   assert ours.relative(plain, golden) > 1e-2
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_what_is_trained_beside_an_adapter_is_peft_modules_to_save(
+  tied, tmp_path
+):
+  """Norms, embedding and head, both ways."""
+  llama = weights.write_hf(tmp_path / 'llama', *weights.tiny_llama(5, tied))
+  decoder, base, *_ = load_pretrained(llama)
+  spec = AdapterSpec(
+    'lora',
+    4,
+    8.0,
+    targets='.*/(q|down)/kernel',
+    trainable=EXTRA if not tied else EXTRA.rpartition('|')[0],
+  )
+  adapter = init_adapter(jax.random.key(0), base, spec)
+  adapter = tiny.perturbed(
+    {'layers': {k: adapter['layers'][k] for k in ('attn', 'mlp')}}
+  ) | {
+    'final_norm': {'scale': adapter['final_norm']['scale'] * 1.5},
+    'embed': {'embedding': adapter['embed']['embedding'] * 1.25},
+    **(
+      {} if tied else {'lm_head': {'kernel': adapter['lm_head']['kernel'] * 2}}
+    ),
+  }
+  for norm in ('attn_norm', 'mlp_norm'):
+    adapter['layers'][norm] = {'scale': base['layers'][norm]['scale'] * 0.75}
+  save_adapter(tmp_path / 'out', adapter, str(llama), tied=tied)
+  with strangers.quiet():
+    model = peft.PeftModel.from_pretrained(
+      strangers.load(llama), tmp_path / 'out'
+    )
+  golden = strangers.logits(model.eval(), cases.prompt())
+  got = ours.logits(decoder, attach(base, adapter), cases.prompt())
+  assert ours.relative(got, golden) <= 1e-5
+  loaded = load_adapter(tmp_path / 'out', base)
+  mine, again = paths.flatten(adapter), paths.flatten(loaded)
+  assert mine.keys() == again.keys()
+  for path in mine:
+    for a, b in zip(
+      jax.tree.leaves(mine[path]), jax.tree.leaves(again[path]), strict=True
+    ):
+      np.testing.assert_array_equal(a, b)
+  with strangers.quiet():
+    model.save_pretrained(tmp_path / 'theirs')
+  theirs = load_adapter(tmp_path / 'theirs', base)
+  got = ours.logits(decoder, attach(base, theirs), cases.prompt())
+  assert ours.relative(got, golden) <= 1e-5

@@ -1,0 +1,216 @@
+"""The story: from a config to a fine-tuned model, and what it gained."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tqdm
+
+from qdora_jax import data, folder, optim, report, train
+from qdora_jax.config import RunConfig
+from qdora_jax.data import Batches
+from qdora_jax.evaluate import Score
+from qdora_jax.metrics import peak_memory, read_log
+from qdora_jax.run import Run
+
+Tree = dict[str, Any]
+AFTER = 'fine-tuned'
+
+
+def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
+  """Fine-tunes as configured; the same call again continues where it stopped.
+
+  Args:
+    config: everything the run depends on.
+    workdir: the run folder; see folder.py.
+
+  Returns:
+    {'zero-shot': ..., '3-shot': ..., 'fine-tuned': ...}; nothing if
+    config.data.eval_size is 0.
+
+  Raises:
+    ValueError: if workdir holds a run of another config.
+    OSError: if it cannot be written.
+  """
+  workdir = Path(workdir)
+  folder.check(config, workdir)
+  began = time.perf_counter()
+  # What takes least goes first: bad data is found before a model is loaded.
+  rows = data.load_data(config.data)
+  run = Run.open(config, workdir)
+  run.data = rows
+  batches = run.batches()
+  if run.data.held_out:
+    _ = run._held_out
+  optim.check(config.optim, run.trained)
+  # Only now: whom bad input has stopped can use the same folder again.
+  with folder.writing(workdir):
+    folder.claim(config, workdir)
+    _show_plan(run, batches)
+    scores = _before(run)
+    fitted = _fit(run, batches)
+    run.trained = fitted.trained
+    if run.data.held_out:
+      scores[AFTER] = run.evaluate(label=AFTER)
+      folder.save_scores(workdir, scores)
+    if run.base:
+      try:
+        run.export(workdir / 'adapter')
+      except ValueError as error:
+        print(f'no PEFT files: {error}')
+    rows = read_log(workdir / 'metrics.jsonl')
+    title = (
+      f'{config.data.path or config.data.name}, adapter '
+      f'{config.adapter.method}, quantization {config.quant.format}'
+    )
+    report.plot(workdir / 'curves.png', rows, scores, title)
+    summary = _summary(run, batches, rows)
+    summary['seconds'] = round(time.perf_counter() - began, 1)
+    folder.write(workdir / 'summary.json', summary)
+  _show_results(summary, scores, workdir)
+  return scores
+
+
+def _show_plan(run: Run, batches: Batches) -> None:
+  """What is about to be trained, on what, and for how long."""
+  config, counts = run.config, batches.counts
+  print(report.describe(run.base, run.trained, config.quant.spec()))
+  print(counts)
+  tokens = config.train.batch_size * counts.length
+  epochs = config.train.steps * config.train.batch_size / counts.packed
+  print(
+    f'{len(run.data.held_out):,} rows held out; {config.train.steps:,} steps '
+    f'of {config.train.batch_size} x {counts.length} = {tokens:,} tokens, '
+    f'{epochs:.2g} epochs'
+  )
+  seconds = report.estimate(run.base, run.trained, tokens, run.model.remat)
+  print(
+    f'training takes about {report.duration(seconds * config.train.steps)} or '
+    'more, by the speed of one matrix product here',
+    flush=True,
+  )
+
+
+def _summary(
+  run: Run, batches: Batches, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+  """The run in numbers."""
+  seconds = sorted(row['seconds'] for row in rows)
+  tokens = sum(row['tokens'] for row in rows)
+  return {
+    'steps': len(rows),
+    'skipped_steps': rows[-1]['skipped'],
+    'tokens': tokens,
+    # The first step compiles: the median is what a step takes.
+    'seconds_per_step': round(seconds[len(seconds) // 2], 3),
+    'tokens_per_second': round(tokens / sum(seconds), 1),
+    'peak_memory_bytes': peak_memory(),
+    'trained_parameters': report.count(run.trained),
+    'bytes': report.by_kind(run.base, run.trained),
+    'data': dataclasses.asdict(batches.counts),
+    'held_out_rows': len(run.data.held_out),
+    'devices': [device.device_kind for device in jax.devices()],
+    'versions': {
+      'python': platform.python_version(),
+      **{
+        name: importlib.metadata.version(name)
+        for name in ('qdora_jax', 'jax', 'flax', 'optax')
+      },
+    },
+  }
+
+
+def _show_results(
+  summary: Mapping[str, Any], scores: Mapping[str, Score], workdir: Path
+) -> None:
+  for name, score in scores.items():
+    print(f'{name:>10}: {score}')
+  before = [s.interval[1] for name, s in scores.items() if name != AFTER]
+  if before and scores[AFTER].total:
+    best = max(before)
+    gain = 100 * (scores[AFTER].interval[0] - best)
+    print(f'gain beyond both intervals: {gain:.1f} points')
+  skipped = summary['skipped_steps']
+  print(
+    f'{summary["steps"]:,} steps, {summary["tokens"]:,} tokens, '
+    + (f'{skipped} steps skipped (not finite), ' if skipped else '')
+    + f'{summary["tokens_per_second"]:.0f} tokens/s; '
+    f'{report.duration(summary["seconds"])} in all, peak '
+    f'{summary["peak_memory_bytes"] / 1e9:.2f} GB; results in {workdir}'
+  )
+
+
+def _before(run: Run) -> dict[str, Score]:
+  """The untrained model's scores, bare and with solved examples."""
+  path = run.workdir / 'scores.json'
+  if path.exists():
+    scores = folder.load_scores(path)
+    scores.pop(AFTER, None)
+    return scores
+  scores = {}
+  if not run.data.held_out or not run.config.eval.before:
+    return scores
+  # A fresh adapter changes nothing: this is the base.
+  params = run.params()
+  for shots in dict.fromkeys((0, run.config.eval.shots)):
+    label = f'{shots}-shot' if shots else 'zero-shot'
+    score = run.evaluate(params, shots, label)
+    if shots and not score.total:
+      continue
+    scores[label] = score
+    print(f'before, {label}: {score}', flush=True)
+  folder.save_scores(run.workdir, scores)
+  return scores
+
+
+def _fit(run: Run, batches: Batches) -> train.Fitted:
+  """Trains run.trained from the last checkpoint to the last step."""
+  config = run.config
+  trained = run.trained
+  # Given away, so that full fine-tuning holds its parameters once.
+  run.trained = {}
+  return train.fit(
+    run.model,
+    run.base,
+    trained,
+    batches,
+    steps=config.train.steps,
+    lr=optim.schedule(config.optim, config.train.steps),
+    optimizer=functools.partial(optim.from_config, config.optim),
+    microbatches=config.train.microbatches,
+    seed=config.seed + 1,
+    mesh=run.mesh,
+    workdir=run.workdir,
+    save_every=config.train.save_every,
+    identity=run.identity,
+    callbacks=[functools.partial(_watch, run)] if config.eval.every else [],
+    max_skipped=config.train.max_skipped,
+    donate=True,
+  )
+
+
+def _watch(
+  run: Run, step: int, row: dict[str, Any], trained: Tree
+) -> Mapping[str, Any] | None:
+  """Held-out loss and a few answers, now and then."""
+  c = run.config
+  if step % c.eval.every or step == c.train.steps or not run.data.held_out:
+    return None
+  params = run.params(trained)
+  seen: dict[str, Any] = {'held_out_loss': run.held_out_loss(params)}
+  tqdm.tqdm.write(f'step {step}: held-out loss {seen["held_out_loss"]:.4f}')
+  rows = run.data.held_out[: c.eval.samples]
+  if rows:
+    seen['samples'] = run.evaluate(params, rows=rows).samples
+    for question, given, expected in seen['samples']:
+      tqdm.tqdm.write(
+        f'  {report.short(question)}\n    answered: {report.short(given)}\n'
+        f'    expected: {report.short(expected)}'
+      )
+  return seen

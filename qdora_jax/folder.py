@@ -1,0 +1,125 @@
+"""The run folder: what another program may want to read of a run.
+
+  config.json     every key, as run
+  metrics.jsonl   a line for each step: see `train.fit`
+  scores.json     how held-out rows were answered before and after
+  summary.json    the run in numbers, once it has ended
+  curves.png      loss by step, and the scores
+  checkpoints/    orbax: what is trained, the optimizer, where the data stood
+  adapter/        PEFT files, where PEFT has a form for what was trained
+
+A folder belongs to one config. Files appear whole or not at all.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qdora_jax.config import RunConfig
+from qdora_jax.evaluate import Score
+from qdora_jax.interop.hf import read_json
+
+
+def check(config: RunConfig, workdir: Path) -> None:
+  """Refuses a folder that is another run's, or none."""
+  if workdir.exists() and not workdir.is_dir():
+    raise NotADirectoryError(
+      f'--workdir={workdir} is a file; expected a folder, such as '
+      f'{_free(workdir)}'
+    )
+  if not (workdir / 'config.json').exists():
+    return
+  theirs = dataclasses.asdict(config_of(workdir))
+  mine = json.loads(json.dumps(dataclasses.asdict(config)))
+  changed = _difference(theirs, mine, 'config')
+  if changed:
+    raise ValueError(
+      f'{workdir} holds a run of another config: {"; ".join(changed)}. '
+      f'Choose another --workdir, such as {_free(workdir)}'
+    )
+
+
+def config_of(workdir: Path) -> RunConfig:
+  """The config of a run folder.
+
+  Raises:
+    ValueError: naming the file, if it is something else.
+  """
+  path = workdir / 'config.json'
+  values = read_json(path)
+  try:
+    return RunConfig.make(values)
+  except ValueError as error:
+    raise ValueError(
+      f'{path} is not the config of a run ({error}); expected a folder that '
+      '`qdora train --workdir` made, or a new one'
+    ) from error
+
+
+def claim(config: RunConfig, workdir: Path) -> None:
+  """Writes config.json, or checks that the folder's is the same."""
+  check(config, workdir)
+  path = workdir / 'config.json'
+  if path.exists():
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  write(path, dataclasses.asdict(config))
+
+
+@contextlib.contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+  """Says of which folder it is what the system says of no file."""
+  try:
+    yield
+  except OSError as error:
+    # Without a number it is one of our own messages.
+    if error.errno is None:
+      raise
+    raise OSError(
+      f'--workdir={workdir} cannot be written ({error.strerror}); expected a '
+      'folder that can be written, with room for checkpoints: the same command '
+      'then continues'
+    ) from error
+
+
+def _free(workdir: Path) -> Path:
+  """A name beside it that is not taken."""
+  number = 2
+  while workdir.with_name(f'{workdir.name}-{number}').exists():
+    number += 1
+  return workdir.with_name(f'{workdir.name}-{number}')
+
+
+def _difference(old: Any, new: Any, where: str) -> list[str]:
+  """'config.a.b was 1, is 2' for every key that differs."""
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return [] if old == new else [f'{where} was {old!r}, is {new!r}']
+  return [
+    line
+    for key in {**old, **new}
+    for line in _difference(
+      old[key] if key in old else None,
+      new[key] if key in new else None,
+      f'{where}.{key}',
+    )
+  ]
+
+
+def load_scores(path: Path) -> dict[str, Score]:
+  """scores.json: what `fine_tune` found before and after."""
+  return {k: Score(**v) for k, v in json.loads(path.read_text()).items()}
+
+
+def save_scores(workdir: Path, scores: Mapping[str, Score]) -> None:
+  text = {name: dataclasses.asdict(score) for name, score in scores.items()}
+  write(workdir / 'scores.json', text)
+
+
+def write(path: Path, values: Any) -> None:
+  """JSON, whole or not at all."""
+  part = path.with_suffix('.part')
+  part.write_text(json.dumps(values, indent=2) + '\n')
+  part.replace(path)

@@ -1,0 +1,341 @@
+"""A run: a config with the model, the data and the adapter it names.
+
+What every command needs: `fine_tune` trains one, `load_run` finds it again.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tqdm
+
+from qdora_jax import chat, data, evaluate, folder, optim, paths, train
+from qdora_jax.checkpoint import Checkpoints
+from qdora_jax.config import RunConfig
+from qdora_jax.data import Batches
+from qdora_jax.evaluate import Score
+from qdora_jax.generate import generate
+from qdora_jax.interop.peft import load_adapter, save_adapter
+from qdora_jax.model import Decoder
+from qdora_jax.pretrained import load_pretrained, open_checkpoint
+from qdora_jax.rows import Row
+from qdora_jax.sharding import make_mesh, shard_batch
+from qdora_jax.specs import AdapterSpec
+from qdora_jax.transforms import Adapter, freeze, init_adapter
+
+Tree = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Run:
+  """A run folder with its config and model: what every command needs."""
+
+  config: RunConfig
+  workdir: Path
+  model: Decoder
+  tokenizer: Any
+  base: Tree
+  trained: Tree
+  mesh: jax.sharding.Mesh | None
+  fingerprint: str
+
+  @classmethod
+  def open(cls, config: RunConfig, workdir: Path) -> 'Run':
+    """Loads the base, and makes a fresh adapter or loads one."""
+    checkpoint = open_checkpoint(config.model.name)
+    quant, spec = config.quant.spec(), config.adapter.spec()
+    mesh = _mesh(config)
+    model, base, tokenizer = load_pretrained(
+      config.model.name,
+      quant,
+      dtype=jnp.dtype(config.model.dtype),
+      mesh=mesh,
+      remat=config.model.remat,
+    )
+    if tokenizer is None or tokenizer.eos_token_id is None:
+      raise ValueError(
+        f'{config.model.name} has no tokenizer with an end-of-text token; '
+        "expected the model's own tokenizer.json and tokenizer_config.json "
+        'beside it'
+      )
+    if spec is None:
+      # An update may be less than bfloat16's last bit: masters are float32.
+      trained = jax.tree.map(lambda a: a.astype(jnp.float32), base)
+      base = {}
+    else:
+      trained = init_adapter(jax.random.key(config.seed), base, spec)
+      if config.adapter.path:
+        trained = _loaded(config.adapter.path, base, trained, spec)
+    fingerprint = f'{checkpoint.fingerprint()} {quant}'
+    return cls(
+      config, Path(workdir), model, tokenizer, base, trained, mesh, fingerprint
+    )
+
+  @property
+  def identity(self) -> dict[str, str]:
+    """What its checkpoints belong to."""
+    text = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
+    config = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {'base': self.fingerprint, 'config': config}
+
+  @functools.cached_property
+  def data(self) -> data.Data:
+    """The rows; read when they are first asked for."""
+    return data.load_data(self.config.data)
+
+  def batches(self) -> Batches:
+    """What is trained on."""
+    config = self.config
+    examples = {
+      source: self._encoded(rows, f'reading {source}')
+      for source, rows in self.data.train.items()
+    }
+    return Batches(
+      examples,
+      config.train.batch_size,
+      config.train.seq_len,
+      seed=config.seed,
+      packing=config.data.packing,
+      too_long=config.data.too_long,
+      weights=self.data.weights,
+    )
+
+  def held_out_batches(self) -> Batches:
+    """The held-out rows, laid out for their loss; use its `once()`."""
+    config = self.config
+    examples = self._encoded(self.data.held_out, 'reading held-out rows')
+    return Batches(
+      {'the held-out rows': examples},
+      config.train.batch_size // config.train.microbatches,
+      config.train.seq_len,
+      packing=config.data.packing,
+      too_long='truncate',
+    )
+
+  def _encoded(self, rows: Sequence[Row], label: str) -> list[chat.Example]:
+    """Token ids of rows; all of them must have an embedding."""
+    examples = data.encode_all(
+      self.tokenizer,
+      rows,
+      self.config.data.format(),
+      lambda rows: _bar(rows, label),
+    )
+    vocab = self.model.config.vocab
+    for row, example in zip(rows, examples, strict=True):
+      if example.tokens.max() >= vocab:
+        raise ValueError(
+          f'{row.place}: the tokenizer makes token {example.tokens.max()} of '
+          f'it, and {self.config.model.name} knows {vocab}; is its '
+          "tokenizer.json another model's?"
+        )
+    return examples
+
+  def params(self, trained: Tree | None = None) -> Tree:
+    """The tree for inference, DoRA's norms computed once."""
+    return freeze(self.base, self.trained if trained is None else trained)
+
+  def evaluate(
+    self,
+    params: Tree | None = None,
+    shots: int = 0,
+    label: str = '',
+    rows: Sequence[Row] | None = None,
+  ) -> Score:
+    """Held-out loss, and exact match where rows have answers.
+
+    Args:
+      params: the tree to evaluate; the run's own if None.
+      shots: solved examples in each prompt; the loss is taken without any.
+      label: of the progress bar.
+      rows: instead of all held-out rows, and without their loss.
+    """
+    params = self.params() if params is None else params
+    config = self.config
+    loss = None
+    if not shots and rows is None:
+      loss = self.held_out_loss(params)
+    rows = self.data.held_out if rows is None else rows
+    rows = [row for row in rows if row.answer is not None]
+    if not rows or not config.eval.exact_match:
+      return Score(0, 0, 0, loss=loss)
+    score = evaluate.exact_match(
+      self.model,
+      params,
+      self.tokenizer,
+      rows,
+      config.data.format(),
+      answer_pattern=config.data.answer_pattern,
+      shots=self._shots(shots),
+      batch_size=config.eval.batch_size,
+      max_new_tokens=config.eval.max_new_tokens,
+      progress=lambda parts: _bar(parts, label),
+    )
+    return dataclasses.replace(score, loss=loss)
+
+  def _shots(self, count: int) -> list[Row]:
+    """So many training rows with answers."""
+    rows = (row for some in self.data.train.values() for row in some)
+    solved = (row for row in rows if row.answer is not None)
+    return [row for _, row in zip(range(count), solved, strict=False)]
+
+  def held_out_loss(self, params: Tree) -> float:
+    batches = self._held_out.once()
+    if self.mesh is not None:
+      batches = (shard_batch(batch, self.mesh) for batch in batches)
+    return evaluate.held_out_loss(self.model, params, batches)
+
+  @functools.cached_property
+  def _held_out(self) -> Batches:
+    return self.held_out_batches()
+
+  def generate(
+    self,
+    prompt: str,
+    max_new_tokens: int = 100,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    raw: bool = False,
+  ) -> str:
+    """Answers a prompt; raw: continues it, with no chat template around it."""
+    form = self.config.data.format()
+    if raw or form.template == 'plain':
+      ids = self.tokenizer.encode(prompt)
+    else:
+      ids = chat.prompt_ids(self.tokenizer, chat.opening(prompt, form))
+    (answer,) = generate(
+      self.model,
+      self.params(),
+      [ids],
+      max_new_tokens,
+      stop=[self.tokenizer.eos_token_id],
+      temperature=temperature,
+      key=jax.random.key(seed),
+    )
+    return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+  def export(self, directory: Path) -> None:
+    """Writes the adapter as PEFT files.
+
+    Raises:
+      ValueError: if there is no adapter, or none that PEFT has a form for.
+    """
+    if not self.base:
+      raise ValueError(
+        f'{self.workdir} is a full fine-tuning: there is no adapter to export'
+      )
+    save_adapter(
+      directory,
+      self.trained,
+      self.config.model.name,
+      tied=self.model.config.tied,
+    )
+
+
+def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
+  """The mesh of config.mesh; None for one device."""
+  m = config.mesh
+  devices = jax.devices()
+  need = m.data * abs(m.fsdp) * m.tensor
+  if need > len(devices) or (m.fsdp == -1 and len(devices) % need):
+    raise ValueError(
+      f'config.mesh asks for data={m.data} x fsdp={m.fsdp} x tensor={m.tensor} '
+      f'devices; there are {len(devices)}. Expected a product of at most that; '
+      'with fsdp=-1, the others must divide it'
+    )
+  if m.fsdp != -1:
+    devices = devices[:need]
+  mesh = make_mesh(m.data, m.fsdp, m.tensor, devices)
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  part = config.train.batch_size // config.train.microbatches
+  if part % ways:
+    raise ValueError(
+      f'config.train.batch_size={config.train.batch_size} in '
+      f'{config.train.microbatches} microbatches cannot be split over {ways} '
+      f'devices; expected a multiple of {ways * config.train.microbatches}, or '
+      'lower config.mesh.data and config.mesh.fsdp'
+    )
+  return mesh if mesh.size > 1 else None
+
+
+def _loaded(path: str, base: Tree, fresh: Tree, spec: AdapterSpec) -> Tree:
+  """A PEFT adapter in a fresh one's place; it must be what the config says."""
+  found = paths.flatten(load_adapter(path, base))
+  theirs = next(iter(found.values())).spec
+  for key in ('method', 'rank', 'alpha', 'rslora'):
+    have, want = getattr(theirs, key), getattr(spec, key)
+    if have != want:
+      raise ValueError(
+        f'config.adapter.path={path!r} holds an adapter of {key} {have!r}, and '
+        f'config.adapter.{key}={want!r}; set it to {have!r}'
+      )
+  have, want = _adapted(found), _adapted(paths.flatten(fresh))
+  for name in {**have, **want}:
+    if name not in have or name not in want or have[name] != want[name]:
+      has = 'rank {}, alpha {}'.format(*have[name]) if name in have else 'none'
+      asks = 'rank {}, alpha {}'.format(*want[name]) if name in want else 'none'
+      raise ValueError(
+        f'config.adapter.path={path!r} holds an adapter of other kernels: for '
+        f'{name} it has {has}, config.adapter asks for {asks}; set '
+        'config.adapter.targets, rank_pattern and alpha_pattern to what it was '
+        'trained with'
+      )
+  mine = {p: node.replace(spec=spec) for p, node in found.items()}
+  return paths.unflatten({**paths.flatten(fresh), **mine})
+
+
+def _adapted(flat: Tree) -> dict[str, tuple[int, float]]:
+  """{name: (rank, alpha)} of every kernel that is adapted."""
+  return {
+    name: (rank, node.spec.alpha_of(name))
+    for node in flat.values()
+    if isinstance(node, Adapter)
+    for name, rank in zip(node.names, node.ranks, strict=True)
+    if rank
+  }
+
+
+def _bar(parts: Any, label: str) -> Any:
+  return tqdm.tqdm(parts, label, leave=False, disable=None)
+
+
+def load_run(workdir: str | Path) -> Run:
+  """A trained run, at its newest checkpoint that is whole.
+
+  Raises:
+    FileNotFoundError: if workdir is no run folder or has no checkpoint yet.
+    ValueError: if the base is not the one that was trained on.
+  """
+  workdir = Path(workdir)
+  if not (workdir / 'config.json').is_file():
+    raise FileNotFoundError(
+      f'{workdir} is no run folder (no config.json); expected what '
+      '`qdora train --workdir` made'
+    )
+  config = folder.config_of(workdir)
+  if not (workdir / 'checkpoints').is_dir():
+    raise FileNotFoundError(
+      f'no checkpoint in {workdir / "checkpoints"}; train first'
+    )
+  run = Run.open(config, workdir)
+  state = train.initial_state(
+    run.trained,
+    optim.from_config(
+      config.optim, optim.schedule(config.optim, config.train.steps)
+    ),
+    config.seed,
+    run.mesh,
+  )
+  checkpoints = Checkpoints(workdir / 'checkpoints')
+  try:
+    restored = checkpoints.restore(state, run.identity)
+  finally:
+    checkpoints.close()
+  run.trained = restored.state['trained']
+  return run
