@@ -8,6 +8,7 @@ never taken for whole.
 
 import contextlib
 import json
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,12 +55,26 @@ class Checkpoints:
     flat = _flat(state)
     meta = {**meta, 'arrays': _describe(flat)}
     with self._writing():
+      self._manager.wait_until_finished()
+      self._check_room(flat)
       self._manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(flat),
           meta=ocp.args.JsonSave({'checksum': _checksum_of(meta), **meta}),
         ),
+      )
+
+  def _check_room(self, flat: Mapping[str, jax.Array]) -> None:
+    """Beforehand: orbax's writers fail one by one, each with its trace."""
+    # Random numbers grow a little under zstd; a megabyte is for what describes
+    # them, and for the log.
+    need = int(1.02 * sum(a.nbytes for a in flat.values())) + 2**20
+    free = shutil.disk_usage(self.directory).free
+    if free < need:
+      raise OSError(
+        f'No space left on device: {need / 1e6:.1f} MB needed, '
+        f'{free / 1e6:.1f} MB free'
       )
 
   def restore(

@@ -42,12 +42,10 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
   folder.check(config, workdir)
   began = time.perf_counter()
   # What takes least goes first: bad data is found before a model is loaded.
-  rows = data.load_data(config.data)
+  found = data.load_data(config.data)
   run = Run.open(config, workdir)
-  run.data = rows
-  batches = run.batches()
-  if run.data.held_out:
-    _ = run._held_out
+  run.data = found
+  batches, _ = run.batches(), run.held_out
   optim.check(config.optim, run.trained)
   # Only now: whom bad input has stopped can use the same folder again.
   with folder.writing(workdir):
@@ -83,11 +81,13 @@ def _show_plan(run: Run, batches: Batches) -> None:
   print(report.describe(run.base, run.trained, config.quant.spec()))
   print(counts)
   tokens = config.train.batch_size * counts.length
+  cut = run.held_out.counts.truncated if run.held_out else 0
+  cut = f' ({cut:,} truncated)' if cut else ''
   epochs = config.train.steps * config.train.batch_size / counts.packed
   print(
-    f'{len(run.data.held_out):,} rows held out; {config.train.steps:,} steps '
-    f'of {config.train.batch_size} x {counts.length} = {tokens:,} tokens, '
-    f'{epochs:.2g} epochs'
+    f'{len(run.data.held_out):,} rows held out{cut}; '
+    f'{config.train.steps:,} steps of {config.train.batch_size} x '
+    f'{counts.length} = {tokens:,} tokens, {epochs:.2g} epochs'
   )
   seconds = report.estimate(run.base, run.trained, tokens, run.model.remat)
   print(

@@ -106,9 +106,12 @@ class Run:
       weights=self.data.weights,
     )
 
-  def held_out_batches(self) -> Batches:
-    """The held-out rows, laid out for their loss; use its `once()`."""
+  @functools.cached_property
+  def held_out(self) -> Batches | None:
+    """The held-out rows, laid out for their loss: use its `once()`."""
     config = self.config
+    if not self.data.held_out:
+      return None
     examples = self._encoded(self.data.held_out, 'reading held-out rows')
     return Batches(
       {'the held-out rows': examples},
@@ -185,14 +188,16 @@ class Run:
     return [row for _, row in zip(range(count), solved, strict=False)]
 
   def held_out_loss(self, params: Tree) -> float:
-    batches = self._held_out.once()
+    """In nats per learned token; see `evaluate.held_out_loss`."""
+    if self.held_out is None:
+      raise ValueError(
+        f'{self.workdir} holds no rows out (config.data.eval_size=0): there is '
+        'nothing to evaluate on'
+      )
+    batches = self.held_out.once()
     if self.mesh is not None:
       batches = (shard_batch(batch, self.mesh) for batch in batches)
     return evaluate.held_out_loss(self.model, params, batches)
-
-  @functools.cached_property
-  def _held_out(self) -> Batches:
-    return self.held_out_batches()
 
   def generate(
     self,

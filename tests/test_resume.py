@@ -225,13 +225,6 @@ def killed_and_continued(command, whole, name, aims, draw):
   return hits
 
 
-def test_two_kills_change_nothing(command, whole):
-  hits = killed_and_continued(
-    command, whole, 'twice', ['save', 'step'], random.Random(1)
-  )
-  assert hits.total() == 2
-
-
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(command, whole):
   draw = random.Random(0)
@@ -244,6 +237,7 @@ def test_twenty_kills_at_random_moments_change_nothing(command, whole):
   assert hits['start'] >= 2 and hits['step'] >= 2
 
 
+@pytest.mark.slow
 def test_sigterm_and_ctrl_c_save_and_the_command_continues(command, whole):
   workdir = command.folder / 'stopped'
   for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -275,6 +269,7 @@ def copied(whole, name):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_its_steps_alone(command, whole):
   """Named and set aside, where the next one is saved; with leftovers."""
   workdir = copied(whole, 'damaged')
@@ -486,6 +481,7 @@ def refused(command, workdir, *overrides):
   return err
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_config_is_refused(command, whole):
   workdir = copied(whole, 'other')
   err = refused(command, workdir, '--config.optim.lr=0.5')
@@ -494,6 +490,7 @@ def test_a_folder_of_another_config_is_refused(command, whole):
   assert f'--workdir, such as {workdir}-2' in err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_base_is_refused(command, whole):
   workdir = copied(whole, 'base')
   path = command.folder / 'model' / 'config.json'
@@ -539,6 +536,7 @@ def fill(disk, room):
   (disk / 'filler').write_bytes(bytes(free - room))
 
 
+@pytest.mark.slow
 def test_a_full_disk_says_so_and_room_continues(command, whole, mounted):
   one = size_of(whole / 'checkpoints') // 2
   disk = mounted(32 * 2**20)
@@ -560,6 +558,7 @@ def test_a_full_disk_says_so_and_room_continues(command, whole, mounted):
   assert_ends_like(workdir, whole)
 
 
+@pytest.mark.slow
 def test_results_for_which_there_is_no_room(command, whole, mounted):
   disk = mounted(32 * 2**20)
   workdir = disk / 'run'
@@ -578,6 +577,7 @@ def test_results_for_which_there_is_no_room(command, whole, mounted):
   assert_ends_like(workdir, whole)
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_says_so_and_room_continues(
   command, whole
 ):
@@ -628,6 +628,7 @@ def read_only():
       subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_named(
   command, whole, tmp_path, read_only
 ):
@@ -676,7 +677,9 @@ def enough(step, row, trained):
     raise StopIteration
 
 
-@pytest.mark.parametrize('source', ['Batches', 'list'])
+@pytest.mark.parametrize(
+  'source', ['Batches', pytest.param('list', marks=pytest.mark.slow)]
+)
 def test_the_same_fit_again_continues(tmp_path, source):
   """Stopped by a callback, by Ctrl-C in one, and by data that end."""
   model, base, adapter, batches = parts()

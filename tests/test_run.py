@@ -240,6 +240,7 @@ def test_norms_and_head_train_beside_an_adapter(train, tmp_path):
   assert np.abs(flat['final_norm/scale'] - 1).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('microbatches', [1, 2])
 def test_a_run_on_eight_devices_is_one_on_one(train, tmp_path, microbatches):
   options = {

@@ -67,9 +67,9 @@ def placed(mesh, trained, base, fixed):
   ('method', 'stored'),
   [
     ('full', 'plain'),
-    ('lora', 'plain'),
-    ('dora', 'plain'),
-    ('lora', 'nf4'),
+    pytest.param('lora', 'plain', marks=pytest.mark.slow),
+    pytest.param('dora', 'plain', marks=pytest.mark.slow),
+    pytest.param('lora', 'nf4', marks=pytest.mark.slow),
     ('dora', 'nf4'),
   ],
 )
