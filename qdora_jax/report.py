@@ -164,9 +164,10 @@ def plot(
     )
   held = {r['step']: r['held_out_loss'] for r in rows if 'held_out_loss' in r}
   names = [n for n, score in scores.items() if score.loss is not None]
-  if names:
-    # The first was taken before training, the last after it.
+  # The last was taken after training, the first of several before it.
+  if len(names) > 1:
     held = {0: scores[names[0]].loss, **held}
+  if names:
     held[rows[-1]['step']] = scores[names[-1]].loss
   if held:
     left.plot(

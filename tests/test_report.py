@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import matplotlib.image
 import pytest
 import tiny
@@ -101,6 +102,28 @@ def test_curves_are_a_picture(tmp_path, steps):
   picture = matplotlib.image.imread(path)
   assert picture.shape == (432, 1080, 4)
   assert picture[..., :3].std() > 0.01
+
+
+@pytest.mark.parametrize('before', [True, False])
+def test_held_out_losses_stand_where_they_were_taken(
+  tmp_path, monkeypatch, before
+):
+  drawn = []
+  monkeypatch.setattr(
+    matplotlib.figure.Figure,
+    'savefig',
+    lambda figure, path, **_: (
+      drawn.extend(line.get_xydata() for line in figure.axes[0].lines),
+      path.touch(),
+    ),
+  )
+  scores = {'zero-shot': Score(0, 0, 0, loss=3.0)} if before else {}
+  scores['fine-tuned'] = Score(0, 0, 0, loss=1.0)
+  log = [{'step': n, 'loss': 2.0} for n in (1, 2, 3, 4)]
+  log[1]['held_out_loss'] = 2.5
+  plot(tmp_path / 'curves.png', log, scores, 'title')
+  want = [[2, 2.5], [4, 1.0]]
+  assert drawn[-1].tolist() == ([[0, 3.0], *want] if before else want)
 
 
 def test_curves_without_questions_are_a_picture(tmp_path):

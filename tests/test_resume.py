@@ -175,6 +175,12 @@ def half_saved(workdir):
   return found
 
 
+def newest(workdir):
+  """The last step that is saved, or 0."""
+  names = [path.name for path in (workdir / 'checkpoints').glob('*')]
+  return max([0, *(int(name) for name in names if name.isdigit())])
+
+
 def kill(command, workdir, aim, draw):
   """Starts the command and kills it; says where that hit, None if it had ended.
 
@@ -193,6 +199,8 @@ def kill(command, workdir, aim, draw):
     elif wait_for(process, running):
       time.sleep(draw.uniform(0, 0.6))
       if aim == 'save':
+        # Not the first one: there is something to go on from.
+        wait_for(process, lambda: newest(workdir))
         wait_for(process, lambda: half_saved(workdir) - before)
         # All of its phases: beginning, arrays, renaming.
         time.sleep(draw.choice([0, draw.uniform(0, 0.15)]))
@@ -251,10 +259,7 @@ def test_sigterm_and_ctrl_c_save_and_the_command_continues(command, whole):
     assert err == (
       f'{number.name}: saved after step {step}; the same command continues\n'
     )
-    newest = max(
-      int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.is_dir()
-    )
-    assert newest == step
+    assert newest(workdir) == step
     assert not half_saved(workdir)
   code, out, err = command.run(workdir)
   assert (code, err) == (0, '')
@@ -541,15 +546,15 @@ def test_a_full_disk_says_so_and_room_continues(command, whole, mounted):
   one = size_of(whole / 'checkpoints') // 2
   disk = mounted(32 * 2**20)
   workdir = disk / 'run'
-  fill(disk, 3 * one // 2)
+  # For one, but not for another.
+  fill(disk, 2**20 + one)
   code, _, err = command.run(workdir)
   assert code == 1
   assert err.count('\n') == 1
-  words = (
-    f'qdora train: no checkpoint could be written to {workdir}/checkpoints'
-  )
+  saved = workdir / 'checkpoints'
+  words = f'qdora train: no checkpoint could be written to {saved} (No space'
   assert err.startswith(words)
-  assert 'No space left on device; ' in err
+  assert f'MB free; {saved}/1 is whole)' in err
   assert err.endswith('make room, and the same command continues\n')
   (disk / 'filler').unlink()
   code, out, err = command.run(workdir)
