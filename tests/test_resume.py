@@ -673,7 +673,7 @@ OPTIONS = {
 
 
 def interrupt(step, row, trained):
-  if step == 5:
+  if step == 6:
     raise KeyboardInterrupt
 
 
@@ -700,6 +700,8 @@ def test_the_same_fit_again_continues(tmp_path, source):
     train.fit(model, base, adapter, batches, callbacks=[enough], **options)
     with pytest.raises(KeyboardInterrupt):
       train.fit(model, base, adapter, batches, callbacks=[interrupt], **options)
+    # One row more than are saved: it will be written again.
+    assert len(steady(tmp_path)) == 5
     last = 4
   got = train.fit(model, base, adapter, batches, **options)
   assert [row['step'] for row in got.rows] == list(range(last + 1, 7))
