@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from qdora_jax.chat import Format
 from qdora_jax.model import Remat
 from qdora_jax.rows import FORMS
-from qdora_jax.specs import AdapterSpec, QuantSpec
+from qdora_jax.specs import AdapterSpec, Init, QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,7 @@ class AdapterSection:
   rank_pattern: Mapping[str, int]
   alpha_pattern: Mapping[str, float]
   rslora: bool
+  init: Init
   factored: bool
   detach: bool
   trainable: str

@@ -1,7 +1,8 @@
 """The seam: the only code that asks what a weight leaf is.
 
-A weight may be a plain array, an NF4Array, a LoraWeight or a DoraWeight, the
-latter two over either of the former. Models call `linear(x, w)` and never know.
+A weight may be a plain array, an NF4Array, a LoraWeight, a DoraWeight or a
+SeveralWeight, the latter three over either of the former two. Models call
+`linear(x, w)` and never know.
 
 Training over a 4-bit base must not keep the dense weight alive between forward
 and backward. Automatic differentiation would (the product's derivative needs
@@ -21,10 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from qdora_jax import dora, lora, nf4
+from qdora_jax import dora, lora, nf4, several
 from qdora_jax.dora import DoraWeight
 from qdora_jax.lora import LoraWeight
 from qdora_jax.nf4 import NF4Array
+from qdora_jax.several import SeveralWeight
 
 # Name of every product with a base, for rematerialization policies.
 PRODUCT = 'product'
@@ -35,7 +37,7 @@ def linear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
 
   Args:
     x: inputs [..., I]; their dtype is the compute dtype.
-    w: array, NF4Array, LoraWeight or DoraWeight of shape [I, O].
+    w: array, NF4Array, LoraWeight, DoraWeight or SeveralWeight of shape [I, O].
     bias: [O]; never scaled by DoRA.
 
   Returns:
@@ -50,6 +52,8 @@ def linear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     y = dora.apply(x, w, *_readers(w.base, x.dtype))
   elif isinstance(w, LoraWeight):
     y = lora.apply(x, w, _readers(w.base, x.dtype)[0])
+  elif isinstance(w, SeveralWeight):
+    y = several.apply(x, w, _readers(w.base, x.dtype)[0])
   else:
     (y,) = _products((x,), w, x.dtype)
   if bias is None:
@@ -78,6 +82,19 @@ def materialize(w: Any, dtype: jnp.dtype | None = None) -> jax.Array:
   if isinstance(w, NF4Array):
     return nf4.dequantize(_gather(w), dtype)
   return jnp.asarray(w, dtype)
+
+
+def scaled(w: Any, gain: jax.Array) -> Any:
+  """An array or NF4Array whose outputs are gain times w's, codes unchanged.
+
+  Args:
+    w: kernel [..., I, O].
+    gain: f32 [..., O]; absmax, then without double quantization, takes it up.
+  """
+  if isinstance(w, NF4Array):
+    absmax = nf4.absmax(w) * gain[..., None, :]
+    return w.replace(absmax=absmax, nested=None, offset=None)
+  return (w.astype(jnp.float32) * gain[..., None, :]).astype(w.dtype)
 
 
 def kind(w: Any) -> str:

@@ -53,13 +53,31 @@ class LoraWeight(flax.struct.PyTreeNode):
     return self.base.shape
 
 
-def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """A [..., I, R] from uniform(+-1/sqrt(I)), float32: PEFT's default.
+def init(
+  key: jax.Array, init: str, i: int, rank: int, o: int
+) -> tuple[jax.Array, jax.Array]:
+  """A [I, R] and B [R, O] whose product is zero, float32, as PEFT draws them.
 
-  (kaiming_uniform with a = sqrt(5), the initialization of torch's Linear.)
+  Args:
+    key: PRNG key.
+    init: 'kaiming', A uniform in +-1/sqrt(I) (torch's initialization of a
+      Linear) and B zero; 'gaussian', A normal of deviation 1/R and B zero; or
+      'orthogonal', both random and small, A in directions that B does not read.
+    i, rank, o: I, R (even for 'orthogonal'), O.
   """
-  bound = shape[-2] ** -0.5
-  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+  if init == 'kaiming':
+    bound = i**-0.5
+    a = jax.random.uniform(key, (i, rank), jnp.float32, -bound, bound)
+    return a, jnp.zeros((rank, o))
+  if init == 'gaussian':
+    a = jax.random.normal(key, (i, rank), jnp.float32) / max(rank, 1)
+    return a, jnp.zeros((rank, o))
+  # PEFT's orthogonal_init: alternate rows of a rotation span A and B.
+  keys = jax.random.split(key, 3)
+  turn, _ = jnp.linalg.qr(jax.random.normal(keys[0], (rank, rank)))
+  a = jax.random.normal(keys[1], (i, rank // 2)) @ turn[0::2] / 10
+  b = turn[1::2].T @ jax.random.normal(keys[2], (rank // 2, o)) / 10
+  return a, b
 
 
 def delta(w: Any) -> jax.Array:

@@ -10,27 +10,70 @@ Parameters (kernels are [I, O]; everything under `layers` has a leading N):
   layers/attn_norm/scale [D]        layers/attn/{q,k,v,o}/kernel (and /bias)
   layers/mlp_norm/scale [D]         layers/mlp/{gate,up,down}/kernel
   final_norm/scale [D]              lm_head/kernel [D, V] unless tied
+Some families join q, k, v into attn/qkv and gate, up into mlp/gate_up, norm
+queries and keys (attn/{q,k}_norm/scale) or norm what a layer adds, after or
+around it (attn_post_norm, mlp_post_norm; then mlp_pre_norm for mlp_norm).
 
 A kernel may be any leaf that `linear` takes: the model never asks which.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qdora_jax.attention import NOWHERE, attention, visible
 from qdora_jax.linear import PRODUCT, linear
+from qdora_jax.rope import Rope, angles, rotate
 
 Remat = Literal['none', 'dots', 'block']
+Activation = Literal['silu', 'gelu', 'gelu_tanh']
+
+_ACTIVATIONS = {
+  'silu': nn.silu,
+  'gelu': functools.partial(nn.gelu, approximate=False),
+  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+  """Where layers that are otherwise equal may differ.
+
+  Attributes:
+    rope: how queries and keys are turned.
+    window: how many positions a query sees, its own included; None: all.
+  """
+
+  rope: Rope
+  window: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Shapes and constants of a decoder."""
+  """Shapes and constants of a decoder.
+
+  Attributes:
+    vocab, width, ff, layers, heads, kv_heads, head_dim: V, D, F, N, H, K, Dh.
+    kinds: of every layer, N of them.
+    eps: of every RMS norm.
+    tied: the head is the embedding.
+    qkv_bias, o_bias, mlp_bias: which kernels have a bias beside them.
+    activation: of the gate.
+    fused: q, k and v are one kernel, gate and up another.
+    norms: where a layer norms: 'pre' what attention and feed-forward read,
+      'post' what they give, or 'both'.
+    unit_scale: norms multiply by 1 + scale.
+    qk_norm: queries and keys are normed: each 'head', or the 'whole' of them.
+    embed_scale: factor on embeddings.
+    residual_scale: factor on what attention and feed-forward add.
+    attn_scale: factor on attention's scores; None: 1 / sqrt(Dh).
+    attn_softcap, logits_softcap: bend scores or logits to +-softcap.
+    logits_scale: factor on logits.
+  """
 
   vocab: int
   width: int
@@ -39,11 +82,23 @@ class ModelConfig:
   heads: int
   kv_heads: int
   head_dim: int
-  rope_theta: float = 10000.0
+  kinds: tuple[LayerKind, ...]
   eps: float = 1e-5
   tied: bool = True
-  attn_bias: bool = False
+  qkv_bias: bool = False
+  o_bias: bool = False
   mlp_bias: bool = False
+  activation: Activation = 'silu'
+  fused: bool = False
+  norms: Literal['pre', 'post', 'both'] = 'pre'
+  unit_scale: bool = False
+  qk_norm: Literal['none', 'head', 'whole'] = 'none'
+  embed_scale: float = 1.0
+  residual_scale: float = 1.0
+  attn_scale: float | None = None
+  attn_softcap: float | None = None
+  logits_softcap: float | None = None
+  logits_scale: float = 1.0
 
 
 class Linear(nn.Module):
@@ -68,32 +123,17 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
   """x / rms(x) * scale, in float32."""
 
-  eps: float
+  config: ModelConfig
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    c = self.config
+    one = nn.initializers.zeros if c.unit_scale else nn.initializers.ones
+    scale = self.param('scale', one, (x.shape[-1],)).astype(jnp.float32)
+    scale = 1 + scale if c.unit_scale else scale
     y = x.astype(jnp.float32)
-    y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+    y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + c.eps)
     return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
-
-
-def rope(positions_BxL: jax.Array, head_dim: int, theta: float) -> jax.Array:
-  """Rotary angles' (cos, sin), f32 [2, B, L, 1, Dh/2] (arXiv 2104.09864)."""
-  # In float32 and in this order, as transformers rounds them.
-  exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-  wavelength = (theta ** exponent.astype(np.float64)).astype(np.float32)
-  frequency = jnp.asarray(np.float32(1) / wavelength)
-  angle = positions_BxL[..., None].astype(jnp.float32) * frequency[None, None]
-  return jnp.stack([jnp.cos(angle), jnp.sin(angle)])[..., None, :]
-
-
-def rotate(x_BxLxHxDh: jax.Array, rope: jax.Array) -> jax.Array:
-  """Turns the pairs (x[i], x[i + Dh/2]) by their angles, in float32."""
-  cos, sin = rope
-  a, b = jnp.split(x_BxLxHxDh.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-  return turned.astype(x_BxLxHxDh.dtype)
 
 
 class Attention(nn.Module):
@@ -102,22 +142,34 @@ class Attention(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BxLxD, rope, mask, cache):
+  def __call__(self, x_BxLxD, turns, mask, cache):
     c = self.config
     *batch, width = x_BxLxD.shape
+    whole, each = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    if c.fused:
+      y = Linear(whole + 2 * each, c.qkv_bias, name='qkv')(x_BxLxD)
+      q, k, v = jnp.split(y, (whole, whole + each), axis=-1)
+    else:
+      q = Linear(whole, c.qkv_bias, name='q')(x_BxLxD)
+      k = Linear(each, c.qkv_bias, name='k')(x_BxLxD)
+      v = Linear(each, c.qkv_bias, name='v')(x_BxLxD)
 
-    def heads(name: str, n: int) -> jax.Array:
-      y = Linear(n * c.head_dim, c.attn_bias, name=name)(x_BxLxD)
-      return y.reshape(*batch, n, c.head_dim)
+    def heads(y: jax.Array, name: str) -> jax.Array:
+      if c.qk_norm == 'whole':
+        y = RMSNorm(c, name=name)(y)
+      y = y.reshape(*batch, -1, c.head_dim)
+      if c.qk_norm == 'head':
+        y = RMSNorm(c, name=name)(y)
+      return rotate(y, turns)
 
-    q = rotate(heads('q', c.heads), rope)
-    k, v = rotate(heads('k', c.kv_heads), rope), heads('v', c.kv_heads)
+    q, k = heads(q, 'q_norm'), heads(k, 'k_norm')
+    v = v.reshape(*batch, -1, c.head_dim)
     new = None
     if cache is not None:
       new = {'k': k.astype(cache['k'].dtype), 'v': v.astype(cache['v'].dtype)}
       k, v = (_write(cache[n], new[n], 1, cache['index']) for n in ('k', 'v'))
-    y = attention(q, k, v, mask).reshape(*batch, -1)
-    return Linear(width, c.attn_bias, name='o')(y), new
+    y = attention(q, k, v, mask, c.attn_scale, c.attn_softcap)
+    return Linear(width, c.o_bias, name='o')(y.reshape(*batch, -1)), new
 
 
 def _write(
@@ -128,35 +180,56 @@ def _write(
 
 
 class MLP(nn.Module):
-  """down(silu(gate(x)) * up(x))."""
+  """down(activation(gate(x)) * up(x))."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
     c = self.config
-    gate = Linear(c.ff, c.mlp_bias, name='gate')(x_BxLxD)
-    up = Linear(c.ff, c.mlp_bias, name='up')(x_BxLxD)
-    return Linear(c.width, c.mlp_bias, name='down')(nn.silu(gate) * up)
+    if c.fused:
+      y = Linear(2 * c.ff, c.mlp_bias, name='gate_up')(x_BxLxD)
+      gate, up = jnp.split(y, 2, axis=-1)
+    else:
+      gate = Linear(c.ff, c.mlp_bias, name='gate')(x_BxLxD)
+      up = Linear(c.ff, c.mlp_bias, name='up')(x_BxLxD)
+    y = _ACTIVATIONS[c.activation](gate) * up
+    return Linear(c.width, c.mlp_bias, name='down')(y)
 
 
 class Block(nn.Module):
-  """One layer, as nn.scan wants it: (x, ...) -> (x, new keys and values)."""
+  """One layer, as nn.scan wants it: (x, ...) -> (x, new keys and values).
+
+  `turns` and `masks` are those of every kind of layer in the model, `kind` says
+  which is this one's.
+  """
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BxLxD, rope, mask, cache):
+  def __call__(self, x_BxLxD, turns, masks, kind, cache):
     c = self.config
-    y = RMSNorm(c.eps, name='attn_norm')(x_BxLxD)
-    y, new = Attention(c, name='attn')(y, rope, mask, cache)
-    x_BxLxD = x_BxLxD + y
-    y = RMSNorm(c.eps, name='mlp_norm')(x_BxLxD)
-    return x_BxLxD + MLP(c, name='mlp')(y), new
+    turn, mask = (a[0] if kind is None else a[kind] for a in (turns, masks))
+
+    def norm(y: jax.Array, name: str, where: str) -> jax.Array:
+      if c.norms not in (where, 'both'):
+        return y
+      return RMSNorm(c, name=name)(y)
+
+    y = norm(x_BxLxD, 'attn_norm', 'pre')
+    y, new = Attention(c, name='attn')(y, turn, mask, cache)
+    y = norm(y, 'attn_post_norm', 'post')
+    x_BxLxD = x_BxLxD + c.residual_scale * y
+    # A name of its own: Hugging Face's post_attention_layernorm is this norm
+    # in one family, and attention's post-norm in another.
+    before = 'mlp_norm' if c.norms == 'pre' else 'mlp_pre_norm'
+    y = MLP(c, name='mlp')(norm(x_BxLxD, before, 'pre'))
+    y = norm(y, 'mlp_post_norm', 'post')
+    return x_BxLxD + c.residual_scale * y, new
 
 
 class Decoder(nn.Module):
-  """A Llama-like decoder over any parameter tree `attach` gives.
+  """A decoder over any parameter tree `attach` gives.
 
   Attributes:
     config: shapes and constants.
@@ -181,10 +254,10 @@ class Decoder(nn.Module):
       block,
       variable_axes={'params': 0},
       split_rngs={'params': True},
-      in_axes=(nn.broadcast, nn.broadcast, 0),
+      in_axes=(nn.broadcast, nn.broadcast, 0, 0),
       length=c.layers,
     )(c)
-    self.final_norm = RMSNorm(c.eps)
+    self.final_norm = RMSNorm(c)
     if not c.tied:
       self.lm_head = Linear(c.vocab)
 
@@ -221,15 +294,24 @@ class Decoder(nn.Module):
       positions_BxL = jnp.broadcast_to(
         start + jnp.arange(tokens_BxL.shape[1])[None], tokens_BxL.shape
       )
-    keys, kv = positions_BxL, None
+    keys, kv, longest = positions_BxL, None, None
     if cache is not None:
       keys = _write(cache['positions'], positions_BxL, 1, cache['index'])
       index = jnp.broadcast_to(cache['index'], (c.layers,))
       kv = {'k': cache['k'], 'v': cache['v'], 'index': index}
-    mask = visible(positions_BxL, keys, segments_BxL, segments_BxL)
-    angles = rope(positions_BxL, c.head_dim, c.rope_theta)
+      longest = keys.shape[1]
+    kinds = list(dict.fromkeys(c.kinds))
+    turns = [angles(kind.rope, positions_BxL, longest) for kind in kinds]
+    masks = [
+      visible(positions_BxL, keys, segments_BxL, segments_BxL, kind.window)
+      for kind in kinds
+    ]
+    kind = None
+    if len(kinds) > 1:
+      kind = jnp.asarray([kinds.index(k) for k in c.kinds])
     x = self.embed(tokens_BxL).astype(self.dtype)
-    x, new = self.layers(x, angles, mask, kv)
+    x = x * jnp.asarray(c.embed_scale, x.dtype)
+    x, new = self.layers(x, jnp.stack(turns), jnp.stack(masks), kind, kv)
     if cache is not None:
       # Written once for all layers: in a loop, in place.
       cache = {
@@ -242,12 +324,18 @@ class Decoder(nn.Module):
 
   def unembed(self, x_BxLxD: jax.Array) -> jax.Array:
     """Logits f32 [B, L, V] of what `hidden` gave."""
-    if self.config.tied:
+    c = self.config
+    if c.tied:
       table = self.embed.embedding.astype(x_BxLxD.dtype)
-      return jnp.einsum(
+      logits = jnp.einsum(
         'bld,vd->blv', x_BxLxD, table, preferred_element_type=jnp.float32
       )
-    return self.lm_head(x_BxLxD).astype(jnp.float32)
+    else:
+      logits = self.lm_head(x_BxLxD).astype(jnp.float32)
+    logits = c.logits_scale * logits
+    if c.logits_softcap is None:
+      return logits
+    return c.logits_softcap * jnp.tanh(logits / c.logits_softcap)
 
 
 def init_cache(

@@ -4,6 +4,7 @@ Tensors are read, quantized and placed one at a time: the full-precision model
 never exists, on the host or on a device.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qdora_jax import nf4, paths, transforms
-from qdora_jax.interop import gguf, hf, pypi
+from qdora_jax import nf4, paths, residual, transforms
+from qdora_jax.interop import families, gguf, hf, pypi
+from qdora_jax.linear import materialize
 from qdora_jax.model import Decoder, Remat
 from qdora_jax.sharding import shard
-from qdora_jax.specs import AdapterSpec, QuantSpec
+from qdora_jax.specs import TAKEN, AdapterSpec, QuantSpec
 
 
 def open_checkpoint(name_or_path: str | Path) -> Any:
@@ -82,7 +84,8 @@ def load_pretrained(
 
   Args:
     name_or_path: see `open_checkpoint`.
-    quant: what to quantize while loading; None for nothing.
+    quant: what to quantize while loading; None for nothing. What the
+      checkpoint stores in 4 bits stays as it is.
     adapter: makes an adapter too.
     dtype: of the model's products and of what stays unquantized.
     mesh: from `make_mesh`; every array is placed on it as it is read. None
@@ -103,7 +106,7 @@ def load_pretrained(
     ... )
   """
   checkpoint = open_checkpoint(name_or_path)
-  config = hf.model_config(checkpoint.config, str(name_or_path))
+  config = families.model_config(checkpoint.config, str(name_or_path))
   model = Decoder(config, dtype, remat)
   abstract = jax.eval_shape(
     model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
@@ -121,30 +124,151 @@ def load_pretrained(
       if transforms.kind(leaf).startswith('nf4')
     }
 
-  def part(path: str, name: str) -> Any:
-    tensor = checkpoint.read(hf.tensor_name(name))
-    if path.endswith('kernel'):
-      tensor = tensor.T
-    if path not in packed:
-      return np.asarray(tensor, dtype)
-    q = nf4.quantize_host(tensor, quant.block_size, quant.double_quant)
+  def store(w: np.ndarray, how: str) -> Any:
+    """A weight in its place's form."""
+    if how == 'whole':
+      return np.asarray(w, dtype)
+    q = nf4.quantize_host(w, quant.block_size, quant.double_quant)
     return q.replace(dtype=np.dtype(dtype))
 
+  def part(name: str, how: str) -> Any:
+    """One layer's kernel, or another parameter."""
+    tensor = hf.tensor_name(name)
+    if how == 'stored':
+      return checkpoint.packed(tensor).replace(dtype=np.dtype(dtype))
+    w = checkpoint.read(tensor)
+    w = w.T if name.endswith('kernel') else w
+    if name not in taken:
+      return store(w, how)
+
+    def both(w: np.ndarray) -> tuple[Any, np.ndarray]:
+      base = store(w, how)
+      return base, np.asarray(_dense(base))
+
+    rank, scale = adapter.rank_of(name), adapter.scale_of(name)
+    base, *pairs[name] = residual.split(w, adapter.init, rank, scale, both)
+    return base
+
+  # A and B of the kernels that they are taken out of.
+  pairs: dict[str, Any] = {}
+  taken = _taken(abstract, adapter)
   params = {}
   for path, leaf in flat.items():
     names = paths.names(path, leaf)
+    how = 'quantized' if path in packed else 'whole'
+    how = 'stored' if _stored_alike(checkpoint, names) else how
+    if how == 'stored' and taken & set(names):
+      raise ValueError(
+        f'{name_or_path} stores {path} in 4 bits: init={adapter.init!r} takes '
+        "the adapter out of the unquantized weight. Expected init='kaiming', "
+        'or the unquantized checkpoint'
+      )
     if names == [path]:
-      whole = part(path, path)
+      whole = part(path, how)
     else:
-      whole = _stack((part(path, name) for name in names), len(names))
+      whole = _stack((part(name, how) for name in names), len(names))
     params[path] = _place({path: whole}, mesh)[path]
   params = paths.unflatten(params)
   out = (model, params, checkpoint.tokenizer())
   if adapter is None:
     return out
   key = jax.random.key(0) if key is None else key
-  trained = transforms.init_adapter(key, params, adapter)
+  trained = transforms.init_adapter(
+    key, params, dataclasses.replace(adapter, init='kaiming')
+  )
+  if taken:
+    trained = _with_pairs(params, trained, adapter, pairs)
   return (*out, trained if mesh is None else shard(trained, mesh))
+
+
+@jax.jit
+def _dense(base: Any) -> jax.Array:
+  return materialize(base, jnp.float32)
+
+
+def _taken(abstract: Any, spec: AdapterSpec | None) -> set[str]:
+  """Names of the kernels that the adapter is taken out of."""
+  if spec is None or spec.init not in TAKEN:
+    return set()
+  # Refuses ranks and targets that do not fit before anything is read.
+  plain = dataclasses.replace(spec, init='kaiming')
+  key = jax.random.key(0)
+  nodes = jax.eval_shape(
+    lambda base: transforms.init_adapter(key, base, plain), abstract
+  )
+  return {
+    name
+    for node in paths.flatten(nodes).values()
+    if isinstance(node, transforms.Adapter)
+    for name, rank in zip(node.names, node.ranks, strict=True)
+    if rank
+  }
+
+
+def _with_pairs(
+  base: Any, fresh: Any, spec: AdapterSpec, pairs: dict[str, Any]
+) -> Any:
+  """A fresh adapter with these A and B; magnitudes are ||base + s A B||."""
+  flat = paths.flatten(fresh)
+  for path, node in flat.items():
+    if not isinstance(node, transforms.Adapter):
+      continue
+    i, o = node.lora_a.shape[-2], node.lora_b.shape[-1]
+    none = jnp.zeros((i, 0)), jnp.zeros((0, o))
+    a, b = transforms.stack_ranks(
+      [pairs[name] if name in pairs else none for name in node.names]
+    )
+    flat[path] = node.replace(
+      lora_a=a.reshape(node.lora_a.shape),
+      lora_b=b.reshape(node.lora_b.shape),
+      spec=spec,
+    )
+  made = paths.unflatten(flat)
+  if spec.method != 'dora':
+    return made
+  norms = paths.flatten(jax.jit(transforms.adapted_norms)(base, made))
+  for path, node in flat.items():
+    if isinstance(node, transforms.Adapter):
+      flat[path] = node.replace(magnitude=norms[f'{path}/norm'])
+  return paths.unflatten(flat)
+
+
+def _stored_alike(checkpoint: Any, names: list[str]) -> bool:
+  """Whether a kernel's layers are stored in 4 bits, alike, in our layout."""
+  kinds = set()
+  for name in names:
+    tensor = hf.tensor_name(name)
+    if tensor not in checkpoint.stored or checkpoint.stored[tensor].straddles:
+      return False
+    stored = checkpoint.stored[tensor]
+    kinds.add((stored.block_size, stored.double_quant))
+  return len(kinds) == 1
+
+
+def dequantized(checkpoint: Any, params: Any) -> dict[str, str]:
+  """{path: reason} of what a checkpoint stores in 4 bits and is read in full.
+
+  Args:
+    checkpoint: from `open_checkpoint`.
+    params: the parameter tree it was loaded into.
+  """
+  reasons = {}
+  for path, leaf in paths.flatten(params).items():
+    names = paths.names(path, leaf)
+    stored = [
+      checkpoint.stored[hf.tensor_name(name)]
+      for name in names
+      if hf.tensor_name(name) in checkpoint.stored
+    ]
+    if not stored or _stored_alike(checkpoint, names):
+      continue
+    _, i = stored[0].shape
+    reasons[path] = (
+      f'its blocks of {stored[0].block_size} straddle outputs of {i} weights'
+      if stored[0].straddles
+      else 'the checkpoint stores its layers in different ways'
+    )
+  return reasons
 
 
 def _place(flat: dict[str, Any], mesh: jax.sharding.Mesh | None) -> Any:

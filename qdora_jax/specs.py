@@ -7,9 +7,15 @@ from typing import Literal
 
 from qdora_jax import paths
 
-# The seven projections of a decoder block: QLoRA section 5 finds that adapting
-# all of them is what closes the gap to full fine-tuning.
-ALL_LINEAR = r'.*/(q|k|v|o|gate|up|down)/kernel'
+# The projections of a decoder block, fused ones too: QLoRA section 5 finds
+# that adapting all of them is what closes the gap to full fine-tuning.
+ALL_LINEAR = r'.*/(q|k|v|qkv|o|gate|up|gate_up|down)/kernel'
+
+
+Init = Literal['kaiming', 'gaussian', 'orthogonal', 'pissa', 'olora', 'loftq']
+# What an adapter starts from: nothing but its shape, or the weight itself.
+FRESH = ('kaiming', 'gaussian', 'orthogonal')
+TAKEN = ('pissa', 'olora', 'loftq')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,10 @@ class AdapterSpec:
       a kernel unadapted. Kept as a tuple of pairs, so that specs are hashable.
     alpha_pattern: {regex: alpha}, the first match wins over `alpha`.
     rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
+    init: how A and B start. 'kaiming' (PEFT's default), 'gaussian' and
+      'orthogonal' change nothing at first. 'pissa', 'olora' and 'loftq' take A
+      and B out of the weight and leave the rest as the base: they run while a
+      checkpoint is loaded (`load_pretrained`).
     factored: DoRA's norm without a dense V; False is for ablations.
     detach: DoRA's norm is a constant in differentiation; False for ablations.
     trainable: regex over whole names of unquantized parameters that are trained
@@ -59,6 +69,7 @@ class AdapterSpec:
   rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
   alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
   rslora: bool = False
+  init: Init = 'kaiming'
   factored: bool = True
   detach: bool = True
   trainable: str = ''
@@ -67,9 +78,17 @@ class AdapterSpec:
     methods = ('lora', 'dora', 'magnitude')
     if self.method not in methods:
       raise ValueError(f'method={self.method!r}: expected one of {methods}')
+    if self.init not in (*FRESH, *TAKEN):
+      raise ValueError(
+        f'init={self.init!r}: expected one of {(*FRESH, *TAKEN)}'
+      )
+    if self.method == 'magnitude' and self.init != 'kaiming':
+      raise ValueError(
+        f"init={self.init!r} is how A and B start; method='magnitude' has none"
+      )
     if self.rank < 1:
       raise ValueError(f'rank={self.rank}: expected at least 1')
-    if self.alpha <= 0:
+    if not 0 < self.alpha < float('inf'):
       raise ValueError(f'alpha={self.alpha}: expected more than 0')
     if not 0 <= self.dropout < 1:
       raise ValueError(f'dropout={self.dropout}: expected 0 <= dropout < 1')

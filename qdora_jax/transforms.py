@@ -25,7 +25,7 @@ from qdora_jax.dora import DoraWeight
 from qdora_jax.linear import kind, materialize
 from qdora_jax.linear import norm as norm_of
 from qdora_jax.lora import LoraWeight
-from qdora_jax.specs import AdapterSpec, QuantSpec
+from qdora_jax.specs import FRESH, TAKEN, AdapterSpec, QuantSpec
 
 Tree = dict[str, Any]
 
@@ -114,8 +114,8 @@ def unquantized(params: Tree, spec: QuantSpec) -> dict[str, str]:
 def init_adapter(key: jax.Array, base: Tree, spec: AdapterSpec) -> Tree:
   """Makes the adapter tree: at each target an Adapter that changes nothing yet.
 
-  A starts as PEFT's default, B as zero, the magnitude as the norm of the base
-  as it stands (dequantized). Initial values depend on a kernel's name and the
+  A and B start as spec.init says, the magnitude as the norm of the base as it
+  stands (dequantized). Initial values depend on a kernel's name and the
   key alone, not on how layers are stacked.
 
   Args:
@@ -128,9 +128,15 @@ def init_adapter(key: jax.Array, base: Tree, spec: AdapterSpec) -> Tree:
     copies of what spec.trainable matches.
 
   Raises:
-    ValueError: if targets or a pattern match nothing or no kernel, or a rank
-      exceeds a kernel's smaller side.
+    ValueError: if targets or a pattern match nothing or no kernel, a rank
+      exceeds a kernel's smaller side, or spec.init changes the base.
   """
+  if spec.init in TAKEN:
+    raise ValueError(
+      f'init={spec.init!r} takes the adapter out of the weights and changes '
+      'the base: only load_pretrained can do that, while it reads them; '
+      f'expected one of {FRESH}'
+    )
   flat = paths.flatten(base)
   for field in ('rank_pattern', 'alpha_pattern'):
     for pattern, _ in getattr(spec, field):
@@ -188,20 +194,48 @@ def _init(
         f'of its kernel {(i, o)}; lower adapter.rank, or set its own in '
         'adapter.rank_pattern (0 leaves it unadapted)'
       )
+    if spec.init == 'orthogonal' and rank % 2:
+      raise ValueError(
+        f"rank {rank} for {name}: init='orthogonal' needs an even one"
+      )
   a = b = magnitude = None
   if spec.method != 'magnitude':
-    parts = []
-    for name, rank in zip(names, ranks, strict=True):
-      # crc32 and not hash(): the same in every process.
-      part = lora.init_a(
-        jax.random.fold_in(key, zlib.crc32(name.encode())), (i, rank)
-      )
-      parts.append(jnp.pad(part, [(0, 0), (0, max(ranks) - rank)]))
-    a = jnp.stack(parts).reshape(*lead, i, max(ranks))
-    b = jnp.zeros((*lead, max(ranks), o), jnp.float32)
+    # crc32 and not hash(): the same in every process.
+    keys = [
+      jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names
+    ]
+    a, b = stack_ranks(
+      [
+        lora.init(k, spec.init, i, r, o)
+        for k, r in zip(keys, ranks, strict=True)
+      ]
+    )
+    a, b = a.reshape(*lead, i, -1), b.reshape(*lead, -1, o)
   if spec.method != 'lora':
     magnitude = dora.root(_per_layer(_squared_norm, leaf))
   return Adapter(a, b, magnitude, names, spec)
+
+
+def stack_ranks(
+  pairs: list[tuple[jax.Array, jax.Array]],
+) -> tuple[jax.Array, jax.Array]:
+  """A [N, I, R], B [N, R, O] of N layers, smaller ranks padded with zeros."""
+  widest = max(a.shape[1] for a, _ in pairs)
+  pad = [widest - a.shape[1] for a, _ in pairs]
+  return (
+    jnp.stack(
+      [
+        jnp.pad(a, [(0, 0), (0, n)])
+        for (a, _), n in zip(pairs, pad, strict=True)
+      ]
+    ),
+    jnp.stack(
+      [
+        jnp.pad(b, [(0, n), (0, 0)])
+        for (_, b), n in zip(pairs, pad, strict=True)
+      ]
+    ),
+  )
 
 
 def _squared_norm(leaf: Any) -> jax.Array:

@@ -359,7 +359,7 @@ WEIGHTS = 'TMP/model/model.safetensors: '
     (written('config.json', b'[]'), ["config.json: expected {...}, got '[]'"]),
     (
       config(model_type='gpt2'),
-      ["TMP/model: model_type 'gpt2'", "supported: 'llama'"],
+      ["TMP/model: model_type 'gpt2'", 'the nearest that is:', "'llama'"],
     ),
     (config(model_type=None), ["TMP/model: config.json has no 'model_type'"]),
     (config(hidden_size='64'), ["config.json: hidden_size='64'", 'whole']),

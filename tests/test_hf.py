@@ -10,6 +10,7 @@ from golden import weights
 
 from qdora_jax import QuantSpec, load_pretrained, paths, quantize
 from qdora_jax.interop import gguf, hf, pypi
+from qdora_jax.interop.families import model_config
 from qdora_jax.pretrained import open_checkpoint
 from qdora_jax.transforms import unquantized
 
@@ -20,12 +21,20 @@ def config_of(**changes):
   return {k: v for k, v in config.items() if v is not ...}
 
 
+def theta_of(config):
+  """rope_theta, from the second of its frequencies."""
+  kind = config.kinds[0]
+  return kind.rope.frequencies[1] ** (-config.head_dim / 2)
+
+
 def test_config_is_read_as_transformers_means_it():
-  got = hf.model_config(config_of(), 'here')
+  got = model_config(config_of(), 'here')
   assert (got.vocab, got.width, got.ff, got.layers) == (256, 64, 128, 3)
   assert (got.heads, got.kv_heads, got.head_dim) == (8, 4, 8)
-  assert (got.rope_theta, got.eps, got.tied) == (1e4, 1e-5, True)
-  assert (got.attn_bias, got.mlp_bias) == (False, False)
+  assert (got.eps, got.tied) == (1e-5, True)
+  assert not got.qkv_bias | got.o_bias | got.mlp_bias
+  assert len(got.kinds) == 3
+  assert theta_of(got) == pytest.approx(1e4, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -39,9 +48,8 @@ def test_config_is_read_as_transformers_means_it():
   ],
 )
 def test_rope_theta_new_and_old(changes, theta):
-  got = hf.model_config(config_of(**changes), 'here').rope_theta
-  assert got == theta
-  assert isinstance(got, float)
+  got = theta_of(model_config(config_of(**changes), 'here'))
+  assert got == pytest.approx(theta, rel=1e-5)
 
 
 def test_absent_fields_take_transformers_defaults():
@@ -52,34 +60,30 @@ def test_absent_fields_take_transformers_defaults():
     attention_bias=...,
     mlp_bias=...,
   )
-  got = hf.model_config(config, 'here')
+  got = model_config(config, 'here')
   assert (got.kv_heads, got.head_dim, got.tied) == (8, 8, False)
 
 
 @pytest.mark.parametrize(
   'changes, words',
   [
-    ({'model_type': 'gpt2'}, "here: model_type 'gpt2'.*supported: 'llama'"),
+    ({'model_type': 'gpt2'}, "here: model_type 'gpt2' is not supported"),
     ({'model_type': ...}, "here: config.json has no 'model_type'"),
     ({'hidden_size': ...}, "here: config.json has no 'hidden_size'"),
-    ({'hidden_act': 'gelu'}, "here: hidden_act='gelu'.*supported: 'silu'"),
+    ({'hidden_act': 'relu'}, "here: hidden_act='relu'.*supported: 'silu'"),
     (
-      {'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5}},
-      "here: rope_type='llama3'.*supported: 'default'",
-    ),
-    (
-      {'rope_parameters': ..., 'rope_scaling': {'rope_type': 'yarn'}},
-      "here: rope_type='yarn'.*supported: 'default'",
+      {'rope_parameters': ..., 'rope_scaling': {'rope_type': 'dynamic'}},
+      "here: rope_type='dynamic'.*supported: .default, linear",
     ),
     (
       {'rope_parameters': ..., 'rope_scaling': {'type': 'linear'}},
-      "here: rope_type='linear'.*supported: 'default'",
+      'here: config.json: rope_parameters: factor is missing',
     ),
   ],
 )
 def test_what_is_not_implemented_is_refused(changes, words):
   with pytest.raises(ValueError, match=words):
-    hf.model_config(config_of(**changes), 'here')
+    model_config(config_of(**changes), 'here')
 
 
 def test_a_directory_without_config(tmp_path):

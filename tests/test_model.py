@@ -13,7 +13,8 @@ from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import AdapterSpec, QuantSpec, attach, init_adapter, paths
 from qdora_jax.attention import NOWHERE, visible
-from qdora_jax.model import Block, Decoder, RMSNorm, init_cache, rope
+from qdora_jax.model import Block, Decoder, RMSNorm, init_cache
+from qdora_jax.rope import angles
 
 TOLERANCE = 1e-5
 
@@ -171,17 +172,17 @@ def test_the_scan_is_a_loop_over_blocks(qdora):
   c = model.config
   ids = tokens(5, 2, 8)
   places = jnp.broadcast_to(jnp.arange(8)[None], (2, 8))
-  angles = rope(places, c.head_dim, c.rope_theta)
-  mask = visible(places, places)
+  turns = angles(c.kinds[0].rope, places)[None]
+  masks = visible(places, places)[None]
 
   @jax.jit
   def block(layer, x):
-    return Block(c).apply({'params': layer}, x, angles, mask, None)[0]
+    return Block(c).apply({'params': layer}, x, turns, masks, None, None)[0]
 
   x = params['embed']['embedding'][ids]
   for n in range(c.layers):
     x = block(jax.tree.map(lambda a, n=n: a[n], params['layers']), x)
-  x = RMSNorm(c.eps).apply({'params': params['final_norm']}, x)
+  x = RMSNorm(c).apply({'params': params['final_norm']}, x)
   want = x @ params['embed']['embedding'].T
   assert tiny.relative(logits(model, params, ids), want) <= TOLERANCE
 

@@ -20,12 +20,20 @@ from qdora_jax import (
   load_pretrained,
   norms,
   quantize,
+  rope,
 )
-from qdora_jax.model import Decoder, ModelConfig
+from qdora_jax.model import Decoder, LayerKind, ModelConfig
 from qdora_jax.sharding import make_mesh, shard, shard_batch, shardings
 
 CONFIG = ModelConfig(
-  vocab=128, width=512, ff=1024, layers=2, heads=8, kv_heads=4, head_dim=64
+  vocab=128,
+  width=512,
+  ff=1024,
+  layers=2,
+  heads=8,
+  kv_heads=4,
+  head_dim=64,
+  kinds=(LayerKind(rope.plain(1e4, 64)),) * 2,
 )
 TOKENS = np.random.RandomState(0).randint(0, 128, (8, 16)).astype(np.int32)
 

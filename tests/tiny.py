@@ -75,6 +75,9 @@ def perturbed(adapter: Any, seed: int = 0, size: float = 0.05) -> Any:
   """The adapter away from its start; ranks' padding stays zero."""
   moved = {}
   for n, (path, node) in enumerate(paths.flatten(adapter).items()):
+    if not hasattr(node, 'lora_b'):
+      moved[path] = node  # Trained in full.
+      continue
     draw = np.random.RandomState(seed + n)
     if node.lora_b is not None:
       noise = size * draw.standard_normal(node.lora_b.shape)

@@ -59,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
   # 'nf4' or 'none'.
   config.quant.format = 'nf4'
   # All linear layers; head and embedding stay as they are, as in bitsandbytes.
-  config.quant.targets = r'.*/(q|k|v|o|gate|up|down)/kernel'
+  config.quant.targets = r'.*/(q|k|v|qkv|o|gate|up|gate_up|down)/kernel'
   # bitsandbytes' default.
   config.quant.block_size = 64
   config.quant.double_quant = True
@@ -71,11 +71,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.adapter.alpha = 32.0
   config.adapter.dropout = 0.0
   # QLoRA, section 5: adapt all linear layers.
-  config.adapter.targets = r'.*/(q|k|v|o|gate|up|down)/kernel'
+  config.adapter.targets = r'.*/(q|k|v|qkv|o|gate|up|gate_up|down)/kernel'
   # {regex: rank}, {regex: alpha}; the first match wins.
   config.adapter.rank_pattern = {}
   config.adapter.alpha_pattern = {}
   config.adapter.rslora = False
+  # How A and B start: 'kaiming' (PEFT's default), 'gaussian', 'orthogonal'; or
+  # out of the weights, which changes the base: 'pissa', 'olora', 'loftq'.
+  config.adapter.init = 'kaiming'
   # DoRA's norm without a dense weight, held constant: False is for ablations.
   config.adapter.factored = True
   config.adapter.detach = True

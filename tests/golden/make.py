@@ -4,11 +4,17 @@ Run in an environment with the `parity` extra, from the repository root:
 
     PYTHONPATH=tests python -m golden.make
 
-Takes some three minutes on two cores. The files are `nf4.json` (sha256 of
-bitsandbytes' bytes) and `nf4.npz` (its double-quantized absmax), `linear.npz`
-(PEFT's outputs and gradients), `llama.json` and `llama.npz` (transformers'
-logits, AdamW curves, PEFT's files); each JSON carries the versions that made
-it. `cases.py` says what is asked.
+Takes some three minutes on two cores. The files are
+
+  nf4.json, nf4.npz            sha256 of bitsandbytes' bytes, double-quantized
+                               absmax
+  bnb.safetensors, bnb.npz     linears as bitsandbytes stores them; dequantized
+  linear.npz                   PEFT's outputs and gradients
+  llama.json, llama.npz        transformers' logits, AdamW curves, PEFT's files
+  families.json, families.npz  gradient norms and logits of every model family
+
+Each JSON carries the versions that made it; `cases.py` and `families.py` say
+what is asked.
 """
 
 import json
@@ -19,8 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from golden import cases, strangers, weights
+from golden import cases, families, strangers, weights
 
 HERE = Path(__file__).parent
 COMMAND = 'PYTHONPATH=tests python -m golden.make'
@@ -136,13 +143,40 @@ def llamas(root: Path) -> None:
   write('llama.json', {'curves': curves, 'peft': files})
 
 
+def stored() -> None:
+  """Linears as bitsandbytes stores them, and their dequantized values."""
+  tensors, dense = {}, {}
+  for case in cases.STORED:
+    parts, w = strangers.stored_linear(
+      case.matrix(), case.double_quant, case.storage, case.dtype
+    )
+    tensors |= {f'{case.name}.{part}': t for part, t in parts.items()}
+    dense[case.name] = w
+  save_file(tensors, HERE / 'bnb.safetensors', metadata={'format': 'pt'})
+  np.savez_compressed(HERE / 'bnb.npz', **dense)
+
+
+def every_family(root: Path) -> None:
+  """Logits and gradient norms of a tiny model of every family."""
+  arrays, norms = {}, {}
+  for name in families.CONFIGS:
+    folder = weights.write_hf(root / name, *families.make(name))
+    model = strangers.load(folder)
+    arrays[name] = strangers.logits(model, families.prompt())
+    norms[name] = strangers.gradient_norms(model, families.prompt())
+  np.savez_compressed(HERE / 'families.npz', **arrays)
+  write('families.json', {'gradient_norms': norms})
+
+
 def main() -> None:
   """Makes every file."""
   torch.manual_seed(0)
   nf4()
   linears()
+  stored()
   with tempfile.TemporaryDirectory() as root:
     llamas(Path(root))
+    every_family(Path(root))
 
 
 if __name__ == '__main__':

@@ -85,7 +85,7 @@ def dequantize(
 
 def stored(packed: torch.Tensor, state: QuantState) -> dict[str, np.ndarray]:
   """What a checkpoint stores of a quantized weight, flat."""
-  out = {'codes': packed.reshape(-1).numpy(), 'absmax': state.absmax.numpy()}
+  out = {'codes': to_bytes(packed), 'absmax': state.absmax.numpy()}
   if state.nested:
     out['nested'] = state.state2.absmax.numpy()
     out['offset'] = np.float32(state.offset.item())
@@ -155,6 +155,28 @@ def linear4bit(
   if bias is not None:
     layer.bias = nn.Parameter(torch.from_numpy(bias), requires_grad=False)
   return tell_the_truth(layer.to('cpu'))
+
+
+def stored_linear(
+  weight: np.ndarray, double_quant: bool, storage: str, dtype: str
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+  """What a checkpoint holds of a Linear4bit, and what it dequantizes to."""
+  o, i = weight.shape
+  storages = {'uint8': torch.uint8, **DTYPES}
+  options = {
+    'compress_statistics': double_quant,
+    'quant_type': 'nf4',
+    'quant_storage': storages[storage],
+  }
+  layer = bnb.nn.Linear4bit(i, o, False, **options)
+  w = torch.from_numpy(weight).to(DTYPES[dtype])
+  layer.weight = bnb.nn.Params4bit(
+    w, requires_grad=False, blocksize=64, module=layer, **options
+  )
+  layer.to('cpu')
+  state = layer.weight.quant_state
+  dense = dequantize(layer.weight.data, state)
+  return layer.state_dict(), dense.numpy()
 
 
 def tell_the_truth(model: nn.Module) -> nn.Module:
@@ -257,6 +279,18 @@ def logits(model: nn.Module, tokens: np.ndarray) -> np.ndarray:
   """Logits float32 [B, L, V]."""
   with torch.no_grad():
     return model(torch.from_numpy(tokens).long()).logits.numpy()
+
+
+def gradient_norms(model: nn.Module, tokens: np.ndarray) -> dict[str, float]:
+  """The norm of each parameter's gradient of the mean next-token loss."""
+  ids = torch.from_numpy(tokens).long()
+  out = model(ids).logits[:, :-1]
+  loss = F.cross_entropy(out.flatten(0, 1), ids[:, 1:].flatten())
+  loss.backward()
+  named = dict(model.named_parameters())
+  norms = {name: p.grad.norm().item() for name, p in named.items()}
+  model.zero_grad()
+  return norms
 
 
 def adapted(

@@ -1,0 +1,188 @@
+"""Every model family against transformers, and every field of its config."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import transformers
+from golden import cases, families, ours, weights
+from tiny import quick_compiles  # noqa: F401
+
+from qdora_jax import load_pretrained, paths
+from qdora_jax.interop import hf
+from qdora_jax.interop.families import model_config
+from qdora_jax.interop.fields import HARMLESS
+from qdora_jax.model import init_cache
+
+GOLDEN = json.loads((cases.HERE / 'families.json').read_text())
+LOGITS = np.load(cases.HERE / 'families.npz')
+
+
+@pytest.mark.parametrize('name', families.CONFIGS)
+def test_logits_and_gradients(name, tmp_path):
+  folder = weights.write_hf(tmp_path, *families.make(name))
+  model, params, _ = load_pretrained(folder, remat='none')
+  tokens = families.prompt()
+
+  @jax.jit
+  def value_and_grad(params):
+    def loss(params):
+      logits = model.apply({'params': params}, tokens)
+      each = optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1], tokens[:, 1:]
+      )
+      return jnp.mean(each), logits
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  grads, logits = value_and_grad(params)
+  assert ours.relative(np.asarray(logits), LOGITS[name]) <= 1e-5
+  got = {}
+  for path, leaf in paths.flatten(grads).items():
+    for n, parameter in enumerate(paths.names(path, leaf)):
+      part = leaf[n] if path.startswith('layers') else leaf
+      got[hf.tensor_name(parameter)] = float(jnp.linalg.norm(part))
+  want = GOLDEN['gradient_norms'][name]
+  assert got.keys() == want.keys()
+  for tensor, norm in want.items():
+    assert got[tensor] == pytest.approx(norm, rel=2e-4, abs=1e-7), tensor
+
+
+# Read, and without effect on these models: their texts are not stretched, their
+# windows are off, or another field says the same for every layer.
+INERT = {
+  'max_position_embeddings',
+  'sliding_window',
+  'use_sliding_window',
+  'max_window_layers',
+  'no_rope_layer_interval',
+}
+
+
+def other(value):
+  """A value of the same type, as far as it has one, that is another."""
+  if isinstance(value, bool):
+    return not value
+  if isinstance(value, int | float):
+    return 2 * value + 1
+  return {str: 'another', list: ['another'], dict: {'another': 1}}.get(
+    type(value), 3
+  )
+
+
+def fields():
+  """Every field that transformers' config class of a family has."""
+  seen = set()
+  for name, config in families.CONFIGS.items():
+    model_type = config['model_type']
+    if model_type in seen:
+      continue
+    seen.add(model_type)
+    known = transformers.AutoConfig.for_model(model_type).to_dict()
+    for field in sorted(known):
+      yield name, field, known[field]
+
+
+@pytest.mark.parametrize(
+  'name, field, default', list(fields()), ids=lambda v: str(v)[:24]
+)
+def test_every_field_is_handled_refused_or_harmless(name, field, default):
+  config, _ = families.make(name)
+  before = model_config(config, 'here')
+  value = config[field] if field in config else default
+  try:
+    after = model_config({**config, field: other(value)}, 'here')
+  except ValueError:
+    return
+  if after == before:
+    assert field in INERT or HARMLESS.fullmatch(field)
+  else:
+    assert not HARMLESS.fullmatch(field)
+
+
+def config_of(name, **changes):
+  config, _ = families.make(name)
+  config |= changes
+  return {k: v for k, v in config.items() if v is not ...}
+
+
+@pytest.mark.parametrize(
+  'name, changes, words',
+  [
+    ('qwen2', {'model_type': 'qwen2_moe'}, r"the nearest that is: 'qwen2'"),
+    ('gemma3', {'model_type': 'gemma3'}, r"the nearest that is: 'gemma3_text'"),
+    ('llama2', {'some_new_scale': 2.0}, r"some_new_scale='2.0', which is not"),
+    ('llama2', {'hidden_act': 'relu2'}, r"hidden_act='relu2'.*'silu'"),
+    ('llama2', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5'),
+    ('llama2', {'num_key_value_heads': 3}, 'expected a divisor of'),
+    ('llama3', {'rope_parameters': {'rope_type': 'dynamic'}}, "'dynamic'"),
+    (
+      'llama3',
+      {'rope_parameters': {'rope_type': 'llama3', 'factor': 8.0}},
+      'rope_parameters: low_freq_factor is missing',
+    ),
+    (
+      'llama_linear',
+      {'rope_parameters': {'rope_type': 'linear', 'factor': 2.0, 'odd': 1}},
+      r"rope_parameters: \{'odd': 1\}",
+    ),
+    ('phi3', {'rope_parameters': {'rope_type': 'llama3'}}, 'missing'),
+    ('qwen2', {'layer_types': ['full_attention']}, 'lists 1 layers'),
+    ('qwen2', {'layer_types': ['chunked'] * 4}, "layer_types: 'chunked'"),
+    ('gemma3', {'use_bidirectional_attention': True}, 'bidirectional'),
+    ('gemma3', {'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping'),
+    ('smollm3', {'no_rope_layers': [1, 0]}, r'no_rope_layers=\[1, 0\]'),
+    ('granite', {'embedding_multiplier': 'x'}, 'expected a number'),
+    ('granite', {'logits_scaling': float('nan')}, 'expected a number'),
+  ],
+)
+def test_what_is_not_understood_is_refused(name, changes, words):
+  with pytest.raises(ValueError, match=words) as error:
+    model_config(config_of(name, **changes), 'here')
+  assert 'here' in str(error.value)
+
+
+def test_fields_that_say_nothing_are_passed_over():
+  more = {'new_switch': False, 'new_list': [], 'new_number': 0, 'new': None}
+  more |= {'unsloth_version': '2026.1', '_note': 'mine', 'torch_dtype': 'x'}
+  config = config_of('llama2')
+  assert model_config({**config, **more}, 'x') == model_config(config, 'x')
+
+
+def test_windows_are_read_as_transformers_reads_them():
+  windows = {
+    'mistral': [6] * 4,
+    'qwen2': [None, None, 6, 6],
+    'gemma2': [6, None, 6, None],
+    'gemma3': [6, None, 6, None],
+    'phi3': [6] * 4,
+    'llama2': [None] * 4,
+  }
+  for name, want in windows.items():
+    kinds = model_config(config_of(name), 'here').kinds
+    assert [kind.window for kind in kinds] == want, name
+  # Absent, Mistral's class has a window; null, it has none.
+  absent = model_config(config_of('mistral', sliding_window=...), 'here')
+  null = model_config(config_of('mistral', sliding_window=None), 'here')
+  assert {kind.window for kind in absent.kinds} == {4096}
+  assert {kind.window for kind in null.kinds} == {None}
+
+
+def test_a_window_hides_what_lies_before_it(tmp_path):
+  """Decoding from a cache is the full pass, beyond windows and LongRoPE too."""
+  for name in ('gemma2', 'phi3'):
+    folder = weights.write_hf(tmp_path / name, *families.make(name))
+    model, params, _ = load_pretrained(folder, remat='none')
+    tokens = jnp.asarray(families.prompt())
+    step = jax.jit(
+      lambda t, c, m=model, p=params: m.apply({'params': p}, t, cache=c)
+    )
+    cache, parts = init_cache(model.config, 2, 20), []
+    for begin, end in ((0, 9), (9, 10), (10, 20)):
+      part, cache = step(tokens[:, begin:end], cache)
+      parts.append(part)
+    got = np.concatenate(parts, axis=1)
+    assert ours.relative(got, LOGITS[name]) <= 1e-5, name
