@@ -2,11 +2,13 @@
 
 from qdora_jax import nf4, paths
 from qdora_jax.dora import DoraWeight
+from qdora_jax.export import export_base, export_folded, export_merged
 from qdora_jax.interop.peft import load_adapter, save_adapter
 from qdora_jax.linear import linear, materialize
 from qdora_jax.lora import LoraWeight
 from qdora_jax.nf4 import NF4Array
 from qdora_jax.pretrained import load_pretrained
+from qdora_jax.serving import attach_several
 from qdora_jax.specs import AdapterSpec, QuantSpec
 from qdora_jax.transforms import (
   Adapter,
@@ -28,6 +30,10 @@ __all__ = [
   'QuantSpec',
   'adapted_norms',
   'attach',
+  'attach_several',
+  'export_base',
+  'export_folded',
+  'export_merged',
   'freeze',
   'init_adapter',
   'linear',

@@ -3,7 +3,7 @@
   qdora train    --config FILE --workdir DIR [--config.section.key=value ...]
   qdora evaluate --workdir DIR [--shots N]
   qdora generate --workdir DIR --prompt TEXT [--max-new-tokens N] [--raw]
-  qdora export   --workdir DIR --format peft --out DIR
+  qdora export   --workdir DIR --format peft|merged|folded|base --out DIR
 
 The same train command again continues an interrupted run.
 """
@@ -188,13 +188,30 @@ def _generate(argv: list[str]) -> None:
 
 def _export(argv: list[str]) -> None:
   parser = _parser('export')
-  parser.add_argument('--format', choices=['peft'], required=True)
   parser.add_argument('--out', type=Path, required=True)
+  parser.add_argument(
+    '--format',
+    choices=['peft', 'merged', 'folded', 'base'],
+    required=True,
+    help='the adapter; one model in full precision; 4-bit base and plain LoRA '
+    'for servers without DoRA; the 4-bit base alone',
+  )
+  parser.add_argument(
+    '--dtype',
+    help='of what is not in 4 bits: float32, bfloat16 or float16; by default '
+    'as it was trained',
+  )
   known = parser.parse_args(argv)
   from qdora_jax.run import load_run
 
-  load_run(known.workdir).export(known.out)
-  print(f'wrote {known.out}/adapter_model.safetensors and adapter_config.json')
+  load_run(known.workdir).export(known.out, known.format, known.dtype)
+  print(f'wrote {known.out}: {", ".join(_listing(known.out))}')
+
+
+def _listing(folder: Path) -> list[str]:
+  """Files of a folder, by their names within it."""
+  files = (file for file in folder.rglob('*') if file.is_file())
+  return sorted(str(file.relative_to(folder)) for file in files)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -79,6 +79,7 @@ def _show_plan(run: Run, batches: Batches) -> None:
   """What is about to be trained, on what, and for how long."""
   config, counts = run.config, batches.counts
   print(report.describe(run.base, run.trained, config.quant.spec()))
+  print(*run.notes, sep='\n', end='\n' if run.notes else '')
   print(counts)
   tokens = config.train.batch_size * counts.length
   cut = run.held_out.counts.truncated if run.held_out else 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
 
 from qdora_jax import chat, data, evaluate, folder, optim, paths, train
@@ -20,16 +21,23 @@ from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.config import RunConfig
 from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
+from qdora_jax.export import export_base, export_folded, export_merged
 from qdora_jax.generate import generate
 from qdora_jax.interop.peft import load_adapter, save_adapter
+from qdora_jax.linear import kind
 from qdora_jax.model import Decoder
-from qdora_jax.pretrained import load_pretrained, open_checkpoint
+from qdora_jax.pretrained import (
+  dequantized,
+  load_pretrained,
+  open_checkpoint,
+)
 from qdora_jax.rows import Row
 from qdora_jax.sharding import make_mesh, shard_batch
-from qdora_jax.specs import AdapterSpec
+from qdora_jax.specs import TAKEN, AdapterSpec
 from qdora_jax.transforms import Adapter, freeze, init_adapter
 
 Tree = dict[str, Any]
+FORMATS = ('peft', 'merged', 'folded', 'base')
 
 
 @dataclasses.dataclass
@@ -44,6 +52,10 @@ class Run:
   trained: Tree
   mesh: jax.sharding.Mesh | None
   fingerprint: str
+  # What a reader of the plan should know of how the base was read.
+  notes: list[str]
+  # The adapter as it started, if it was taken out of the base.
+  initial: Tree | None
 
   @classmethod
   def open(cls, config: RunConfig, workdir: Path) -> 'Run':
@@ -51,12 +63,21 @@ class Run:
     checkpoint = open_checkpoint(config.model.name)
     quant, spec = config.quant.spec(), config.adapter.spec()
     mesh = _mesh(config)
-    model, base, tokenizer = load_pretrained(
+    taken = spec is not None and spec.init in TAKEN
+    if taken and config.adapter.path:
+      raise ValueError(
+        f'config.adapter.init={spec.init!r} is how a new adapter starts, and '
+        f'config.adapter.path={config.adapter.path!r} goes on from an old one: '
+        "set one of them (init='kaiming' is the default)"
+      )
+    model, base, tokenizer, *made = load_pretrained(
       config.model.name,
       quant,
+      spec if taken else None,
       dtype=jnp.dtype(config.model.dtype),
       mesh=mesh,
       remat=config.model.remat,
+      key=jax.random.key(config.seed),
     )
     if tokenizer is None or tokenizer.eos_token_id is None:
       raise ValueError(
@@ -64,17 +85,38 @@ class Run:
         "expected the model's own tokenizer.json and tokenizer_config.json "
         'beside it'
       )
+    if spec is None and _quantized(base):
+      raise ValueError(
+        f'{config.model.name} is stored in 4 bits, which no gradient step can '
+        "move: full fine-tuning (adapter.method='none') needs its unquantized "
+        "checkpoint; or set adapter.method to 'lora' or 'dora'"
+      )
     if spec is None:
       # An update may be less than bfloat16's last bit: masters are float32.
       trained = jax.tree.map(lambda a: a.astype(jnp.float32), base)
       base = {}
+    elif taken:
+      (trained,) = made
     else:
       trained = init_adapter(jax.random.key(config.seed), base, spec)
       if config.adapter.path:
         trained = _loaded(config.adapter.path, base, trained, spec)
-    fingerprint = f'{checkpoint.fingerprint()} {quant}'
+    notes = [
+      f'stored in 4 bits, read in full precision: {path}: {reason}'
+      for path, reason in dequantized(checkpoint, base or trained).items()
+    ]
     return cls(
-      config, Path(workdir), model, tokenizer, base, trained, mesh, fingerprint
+      config,
+      Path(workdir),
+      model,
+      tokenizer,
+      base,
+      trained,
+      mesh,
+      f'{checkpoint.fingerprint()} {quant}',
+      notes,
+      # On the host: training gives away the memory of what it trains.
+      jax.tree.map(np.asarray, trained) if taken else None,
     )
 
   @property
@@ -225,22 +267,51 @@ class Run:
     )
     return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
-  def export(self, directory: Path) -> None:
-    """Writes the adapter as PEFT files.
+  def export(
+    self, directory: Path, form: str = 'peft', dtype: str | None = None
+  ) -> None:
+    """Writes the result for others to load.
+
+    Args:
+      directory: to be made.
+      form: 'peft' (the adapter), 'merged' (one full-precision model), 'folded'
+        (4-bit base and plain LoRA) or 'base' (what the adapter belongs to).
+      dtype: of what is not in 4 bits; the config's model.dtype if None.
 
     Raises:
-      ValueError: if there is no adapter, or none that PEFT has a form for.
+      ValueError: if the run has nothing of that form.
     """
-    if not self.base:
+    if not self.base and form != 'merged':
       raise ValueError(
-        f'{self.workdir} is a full fine-tuning: there is no adapter to export'
+        f'{self.workdir} is a full fine-tuning: there is no adapter to export; '
+        "expected format 'merged'"
       )
-    save_adapter(
-      directory,
-      self.trained,
-      self.config.model.name,
-      tied=self.model.config.tied,
-    )
+    name, dtype = self.config.model.name, dtype or self.config.model.dtype
+    if form == 'peft':
+      tied = self.model.config.tied
+      if self.initial is not None and _quantized(self.base):
+        raise ValueError(
+          f'{self.workdir} began with adapter.init='
+          f'{self.config.adapter.init!r}, which changed its 4-bit base: the '
+          'adapter alone is of no model that others have. Expected format '
+          "'folded' (base and adapter) or 'merged'"
+        )
+      save_adapter(
+        directory, self.trained, name, tied=tied, initial=self.initial
+      )
+    elif form == 'merged':
+      export_merged(directory, self.base, self.trained, name, dtype)
+    elif form == 'folded':
+      export_folded(directory, self.base, self.trained, name, dtype)
+    elif form == 'base':
+      export_base(directory, self.base, name, dtype)
+    else:
+      raise ValueError(f'format {form!r}: expected one of {", ".join(FORMATS)}')
+
+
+def _quantized(base: Tree) -> bool:
+  leaves = paths.flatten(base).values()
+  return any(kind(leaf).startswith('nf4') for leaf in leaves)
 
 
 def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:

@@ -131,6 +131,38 @@ def test_export_writes_the_adapter(trained, sums, tmp_path, capsys):
   assert adapter['layers']['attn']['q']['kernel'].spec.method == 'dora'
 
 
+@pytest.mark.parametrize(
+  'form, files',
+  [
+    ('merged', ['config.json', 'model.safetensors', 'tokenizer.json']),
+    ('base', ['config.json', 'model.safetensors', 'tokenizer.json']),
+    ('folded', ['adapter/adapter_config.json', 'model/config.json']),
+  ],
+)
+def test_export_writes_models(trained, sums, tmp_path, capsys, form, files):
+  out = tmp_path / 'out'
+  args = ['--workdir', str(trained / 'run'), '--out', str(out)]
+  assert main(['export', *args, '--format', form, '--dtype', 'bfloat16']) == 0
+  said = capsys.readouterr().out
+  assert f'wrote {out}: ' in said
+  for name in files:
+    assert name in said
+    assert (out / name).is_file()
+  # Again, it would write over what it wrote.
+  assert main(['export', *args, '--format', form]) != 0
+  assert f'{out} exists and is not empty' in capsys.readouterr().err
+
+
+def test_export_to_another_dtype_is_refused(trained, sums, tmp_path, capsys):
+  args = ['--workdir', str(trained / 'run'), '--out', str(tmp_path / 'out')]
+  args += ['--format', 'merged', '--dtype']
+  assert main(['export', *args, 'int8']) != 0
+  assert "dtype='int8': expected one of float32" in capsys.readouterr().err
+  assert main(['export', *args, 'nf4']) != 0
+  assert "format 'folded'" in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('args', [[], ['-h'], ['--help']])
 def test_help(args, capsys):
   assert main(args) == 0

@@ -22,8 +22,8 @@ import safetensors.numpy
 
 from qdora_jax import paths
 from qdora_jax.interop import hf
-from qdora_jax.specs import AdapterSpec
-from qdora_jax.transforms import Adapter
+from qdora_jax.specs import TAKEN, AdapterSpec
+from qdora_jax.transforms import Adapter, stack_ranks
 
 _PREFIX = 'base_model.model.'
 _WEIGHTS = 'adapter_model.safetensors'
@@ -38,6 +38,7 @@ def save_adapter(
   base_model: str = '',
   *,
   tied: bool | None = None,
+  initial: dict[str, Any] | None = None,
 ) -> None:
   """Writes an adapter tree as files that `peft` loads.
 
@@ -47,6 +48,10 @@ def save_adapter(
     base_model: what PEFT's base_model_name_or_path should say.
     tied: whether the model's head is its embedding; must be known if the
       embedding is trained.
+    initial: the adapter as it started, if its init ('pissa', 'olora', 'loftq')
+      took it out of the base. The files are then for the original model: what
+      was learned is A B - A0 B0, of twice the rank. Only over an unquantized
+      base; else write adapter and base (`export_folded`).
 
   What is trained in full beside the adapter goes into modules_to_save.
 
@@ -72,6 +77,15 @@ def save_adapter(
       "PEFT has no magnitude-only adapter; train method='dora' with rank 1 and "
       'a frozen, zero lora_b, or merge it into the base'
     )
+  if spec.init in TAKEN:
+    if initial is None:
+      raise ValueError(
+        f'the adapter began with init={spec.init!r}, which changed the base: '
+        'pass initial=, the adapter as it started, to write files for the '
+        'original model; over a quantized base, write both (export_folded)'
+      )
+    nodes = [_learned(node, initial) for node in nodes]
+    spec = nodes[0].spec
   tensors, modules = _whole(whole)
   embedded = f'{_PREFIX}model.embed_tokens.weight'
   if embedded in tensors:
@@ -178,6 +192,7 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
         f'{directory}: {_CONFIG} has {option}={value!r}: expected a number'
       )
   reader = hf.open_safetensors(directory / _WEIGHTS)
+  hf.check_floats(directory / _WEIGHTS, reader, reader.keys())
   tensors = {k: reader.get_tensor(k) for k in reader.keys()}
   # On disk the magnitude has no '.weight'; older files have it.
   tensors = {
@@ -259,6 +274,35 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
   for path in dict.fromkeys(trained[module][0] for module in whole):
     adapter[path] = _stacked(directory, path, flat[path], whole)
   return paths.unflatten(adapter)
+
+
+def _learned(node: Adapter, initial: dict[str, Any]) -> Adapter:
+  """The same update relative to the original weight: s (A B - A0 B0)."""
+  flat = paths.flatten(initial)
+  start = next(n for n in flat.values() if n.names == node.names)
+  spec = node.spec
+  # s stays: alpha grows as the rank does (or, for rsLoRA, its root).
+  grow = 2**0.5 if spec.rslora else 2
+  spec = dataclasses.replace(
+    spec,
+    init='kaiming',
+    rank=2 * spec.rank,
+    alpha=grow * spec.alpha,
+    rank_pattern={k: 2 * r for k, r in spec.rank_pattern},
+    alpha_pattern={k: grow * a for k, a in spec.alpha_pattern},
+  )
+  # Per layer, so that a smaller rank's padding stays at the end.
+  stacked = node.lora_a.ndim > 2
+  pairs = []
+  for n, rank in enumerate(node.ranks):
+    at = n if stacked else ...
+    a = [x.lora_a[at][:, :rank] for x in (node, start)]
+    b = [node.lora_b[at][:rank], -start.lora_b[at][:rank]]
+    pairs.append((jnp.concatenate(a, axis=1), jnp.concatenate(b, axis=0)))
+  a, b = stack_ranks(pairs)
+  return node.replace(
+    lora_a=a if stacked else a[0], lora_b=b if stacked else b[0], spec=spec
+  )
 
 
 def _whole(
