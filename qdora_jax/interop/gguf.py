@@ -1,9 +1,10 @@
-"""Llama checkpoints in llama.cpp's GGUF format, read as Hugging Face ones.
+"""Checkpoints in llama.cpp's GGUF format, read as Hugging Face ones.
 
-Three things differ from the Hugging Face directory of the same model, and are
-undone here: tensor names, quantized storage (dequantized one tensor at a time
-with the `gguf` package), and the order of the rows of q and k, which
-llama.cpp permutes so that rotary pairs are neighbours.
+What differs from the Hugging Face directory of the same model is undone here:
+tensor names, quantized storage (dequantized one tensor at a time with the
+`gguf` package), the order of the rows of q and k, which llama.cpp permutes in
+some architectures so that rotary pairs are neighbours, and the 1 it adds to
+Gemma's norms.
 """
 
 import hashlib
@@ -16,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qdora_jax.interop import gguf_config, gguf_header
+from qdora_jax.interop import gguf_config, gguf_header, hf_write
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
-# llama.cpp gguf-py/gguf/constants.py, TENSOR_NAMES of MODEL_ARCH.LLAMA.
+# llama.cpp gguf-py/gguf/constants.py, TENSOR_NAMES -> Hugging Face's modules.
 _NAMES = {
   'token_embd': 'model.embed_tokens',
   'output_norm': 'model.norm',
@@ -30,18 +31,35 @@ _NAMES = {
   'attn_q': 'self_attn.q_proj',
   'attn_k': 'self_attn.k_proj',
   'attn_v': 'self_attn.v_proj',
+  'attn_qkv': 'self_attn.qkv_proj',
+  'attn_q_norm': 'self_attn.q_norm',
+  'attn_k_norm': 'self_attn.k_norm',
   'attn_output': 'self_attn.o_proj',
+  'post_attention_norm': 'post_attention_layernorm',
   'ffn_norm': 'post_attention_layernorm',
   'ffn_gate': 'mlp.gate_proj',
   'ffn_up': 'mlp.up_proj',
   'ffn_down': 'mlp.down_proj',
+  'post_ffw_norm': 'post_feedforward_layernorm',
 }
+# Where an architecture means another module by a name.
+_OTHER_NAMES = {
+  'gemma2': {'ffn_norm': 'pre_feedforward_layernorm'},
+  'gemma3': {'ffn_norm': 'pre_feedforward_layernorm'},
+  'phi3': {'ffn_up': 'mlp.gate_up_proj'},
+}
+# Converted by llama.cpp's LlamaModel, which permutes q and k.
+_PERMUTED = ('llama', 'smollm3', 'granite')
+# Their norms multiply by 1 + weight; the file holds the sum.
+_UNIT_SCALE = ('gemma2', 'gemma3')
+# Rotary divisors: read with the config, no parameters.
+_DIVISORS = ('rope_freqs', 'rope_factors_long', 'rope_factors_short')
 # Bytes of every tensor that enter the fingerprint.
 _SAMPLE = 64
 
 
 class GGUFCheckpoint:
-  """A Llama model in one `.gguf` file.
+  """A model in one `.gguf` file.
 
   The header is read at once; tensor data is mapped and touched by `read`
   only, so the object costs little more than its vocabulary.
@@ -49,18 +67,27 @@ class GGUFCheckpoint:
   Attributes:
     config: what `config.json` of the same model would hold.
     shapes: Hugging Face tensor name -> shape, (out, in) for a linear.
+    stored: empty; none of llama.cpp's storage types is NF4.
 
   Raises:
     FileNotFoundError, ValueError: no such file, not a (whole) GGUF file, an
-      architecture other than llama, tensors or rotary settings that a plain
-      Llama does not have, metadata that is missing.
+      architecture, a tensor or a setting that is not supported, metadata that
+      is missing.
   """
 
   def __init__(self, path: str | os.PathLike):
     self.path = Path(path)
     self._header = gguf_header.read_header(self.path)
-    self.config = gguf_config.build(self._header, str(self.path))
-    self._names = {self._hf_name(n): n for n in self._header.tensors}
+    self.config = gguf_config.build(
+      self._header, self._dequantize, str(self.path)
+    )
+    self._arch = self._header.fields['general.architecture']
+    self.stored: dict[str, Any] = {}
+    self._names = {
+      self._hf_name(n): n
+      for n in self._header.tensors
+      if n.removesuffix('.weight') not in _DIVISORS
+    }
     self.shapes = {
       hf: self._header.tensors[name].shape for hf, name in self._names.items()
     }
@@ -77,8 +104,11 @@ class GGUFCheckpoint:
       raise KeyError(
         f'{self.path} has no tensor {name!r}; it has {sorted(self._names)}'
       )
-    info = self._header.tensors[self._names[name]]
-    w = self._dequantize(name, info)
+    w = self._dequantize(self._names[name])
+    if self._arch in _UNIT_SCALE and name.endswith('norm.weight'):
+      w -= 1
+    if self._arch not in _PERMUTED:
+      return w
     if name.endswith(('q_proj.weight', 'q_proj.bias')):
       w = _unpermute(w, self.config['num_attention_heads'])
     if name.endswith(('k_proj.weight', 'k_proj.bias')):
@@ -90,6 +120,13 @@ class GGUFCheckpoint:
     from qdora_jax.interop import gguf_tokenizer
 
     return gguf_tokenizer.build(self._header.fields, str(self.path))
+
+  def write_rest(self, directory: Path) -> None:
+    """Writes the tokenizer, and which tokens begin and end a text."""
+    self.tokenizer().save_pretrained(directory)
+    ends = [k for k in self.config if k.endswith('_token_id')]
+    values = {k: self.config[k] for k in ends if self.config[k] is not None}
+    hf_write.write_json(directory / 'generation_config.json', values)
 
   def fingerprint(self) -> str:
     """sha256 of the header, the file's size and 64 bytes of every tensor.
@@ -113,16 +150,18 @@ class GGUFCheckpoint:
     parts = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)', name)
     if parts is None or parts[2] not in _NAMES:
       raise ValueError(
-        f'{self.path}: tensor {name!r} is not part of a plain Llama (rotary'
-        " factors, experts and the like are not supported). Load the model's"
-        ' Hugging Face directory instead'
+        f'{self.path}: tensor {name!r} is not part of a {self._arch} model as '
+        'it is known here (experts and the like are not supported). Load the '
+        "model's Hugging Face directory instead"
       )
     layer, module, kind = parts.groups()
     place = '' if layer is None else f'model.layers.{layer}.'
-    return f'{place}{_NAMES[module]}.{kind}'
+    modules = {**_NAMES, **_OTHER_NAMES.get(self._arch, {})}
+    return f'{place}{modules[module]}.{kind}'
 
-  def _dequantize(self, name: str, info: gguf_header.TensorInfo) -> np.ndarray:
-    """The tensor in llama.cpp's row order."""
+  def _dequantize(self, name: str) -> np.ndarray:
+    """A tensor by llama.cpp's name, in its row order."""
+    info = self._header.tensors[name]
     gguf = _import_gguf()
     kinds = {int(k): k for k in gguf.GGMLQuantizationType}
     if info.kind not in kinds:
@@ -131,7 +170,13 @@ class GGUFCheckpoint:
         f' {sorted(kinds)}. Install a newer gguf: pip install -U gguf'
       )
     kind = kinds[info.kind]
-    shape = gguf.quant_shape_to_byte_shape(info.shape, kind)
+    try:
+      shape = gguf.quant_shape_to_byte_shape(info.shape, kind)
+    except (ValueError, IndexError) as error:
+      raise ValueError(
+        f'{self.path}: {name!r} of shape {info.shape} cannot be stored as '
+        f'{kind.name} ({error}). Download it again'
+      ) from error
     end = info.offset + math.prod(shape)
     if end > len(self._data):
       raise ValueError(

@@ -102,7 +102,13 @@ def read_header(path: str | os.PathLike) -> Header:
     with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
       try:
         return _parse(_Cursor(data))
-      except (EOFError, KeyError, UnicodeDecodeError) as error:
+      except (
+        EOFError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        UnicodeDecodeError,
+      ) as error:
         raise ValueError(
           f'{path} ends early or is damaged: its header does not fit its'
           f' {len(data)} bytes ({error!r}). Download it again'
@@ -125,6 +131,8 @@ def _parse(cursor: _Cursor) -> Header:
   align = _ALIGNMENT
   if 'general.alignment' in fields:
     align = fields['general.alignment']
+    if type(align) is not int or align < 1:
+      raise KeyError(f'general.alignment={str(align)[:40]}')
   start = -(-cursor.at // align) * align
   tensors = {n: TensorInfo(s, k, start + o) for n, s, k, o in rows}
   return Header(fields, tensors, cursor.at)
