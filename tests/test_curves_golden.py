@@ -12,6 +12,8 @@ from qdora_jax import QuantSpec, load_pretrained, save_adapter
 
 GOLDEN = json.loads((cases.HERE / 'llama.json').read_text())
 ARRAYS = np.load(cases.HERE / 'llama.npz')
+# The other curves are slow tests.
+PLAIN = ('lora', 'dora', 'qdora_double')
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +60,13 @@ def test_logits_of_a_double_quantized_model(folders):
   assert ours.relative(got, ARRAYS['logits/tied']) > 1e-2
 
 
-@pytest.mark.parametrize('name', cases.CURVES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in PLAIN))
+    for name in cases.CURVES
+  ],
+)
 def test_twenty_steps(folders, name):
   method, double_quant = cases.CURVES[name]
   got = ours.curve(

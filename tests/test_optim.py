@@ -238,9 +238,18 @@ def known():
 
 REFUSED = {'lbfgs', 'sophia', 'dpsgd', 'schedule_free_adamw'}
 REFUSED |= {'schedule_free_sgd'}
+# The others, two dozen of them, are slow tests.
+USUAL = ('adam', 'adamw', 'adafactor', 'lion', 'muon', 'rmsprop', 'sgd')
 
 
-@pytest.mark.parametrize('name', [n for n in known() if n not in REFUSED])
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in USUAL))
+    for name in known()
+    if name not in REFUSED
+  ],
+)
 @pytest.mark.filterwarnings('ignore:Specifying a key', 'ignore:.*deprecated')
 def test_any_optimizer_by_name(name):
   """It takes a step and keeps its state's shape, so that it can be resumed."""

@@ -24,7 +24,7 @@ def executed(program):
 
 
 def test_your_own_data_in_six_lines(tmp_path, monkeypatch):
-  program, _ = programs(tmp_path, monkeypatch)
+  program, *_ = programs(tmp_path, monkeypatch)
   assert len([line for line in program.splitlines() if line]) == 6
   rows = [{'prompt': f'{n}+1=', 'completion': f'{n + 1}'} for n in range(40)]
   Path('train.jsonl').write_text('\n'.join(map(json.dumps, rows)))
@@ -35,7 +35,7 @@ def test_your_own_data_in_six_lines(tmp_path, monkeypatch):
 
 
 def test_the_library_in_twenty_lines(tmp_path, monkeypatch):
-  _, program = programs(tmp_path, monkeypatch)
+  _, program, _ = programs(tmp_path, monkeypatch)
   space = executed(program)
   assert space['value'] > 0
   before = space['init_adapter'](
@@ -46,6 +46,17 @@ def test_the_library_in_twenty_lines(tmp_path, monkeypatch):
   )
   assert abs(q.lora_b - was.lora_b).max() > 0
   assert (tmp_path / 'my-adapter' / 'adapter_model.safetensors').is_file()
+
+
+def test_another_models_kernels(tmp_path, monkeypatch, capsys):
+  *_, program = programs(tmp_path, monkeypatch)
+  space = executed(program)
+  table = capsys.readouterr().out
+  assert 'MultiHeadDotProductAttention_0/out/kernel' in table
+  grads = space['jax'].tree.leaves(space['grads'])
+  assert max(abs(g).max() for g in grads) > 0
+  logits = space['model'].apply({'params': space['params']}, space['x'])
+  assert logits.shape == (2, 10)
 
 
 def test_every_command_exists():

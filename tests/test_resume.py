@@ -682,9 +682,8 @@ def enough(step, row, trained):
     raise StopIteration
 
 
-@pytest.mark.parametrize(
-  'source', ['Batches', pytest.param('list', marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('source', ['Batches', 'list'])
+@pytest.mark.slow
 def test_the_same_fit_again_continues(tmp_path, source):
   """Stopped by a callback, by Ctrl-C in one, and by data that end."""
   model, base, adapter, batches = parts()

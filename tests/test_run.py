@@ -60,6 +60,7 @@ def steady(folder):
   return [{k: row[k] for k in row if k not in timed} for row in rows]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
   train, tmp_path, monkeypatch, capsys
 ):
@@ -102,11 +103,11 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 
 METHODS = [
   ('none', 'none'),
-  ('none', 'lora'),
-  ('none', 'dora'),
-  ('nf4', 'lora'),
+  pytest.param('none', 'lora', marks=pytest.mark.slow),
+  pytest.param('none', 'dora', marks=pytest.mark.slow),
+  pytest.param('nf4', 'lora', marks=pytest.mark.slow),
   ('nf4', 'dora'),
-  ('nf4', 'magnitude'),
+  pytest.param('nf4', 'magnitude', marks=pytest.mark.slow),
 ]
 
 
@@ -167,6 +168,7 @@ def test_a_run_shows_what_it_does(train, tmp_path, capsys):
   }
 
 
+@pytest.mark.slow
 def test_files_packed_and_mixed(train, tmp_path, capsys):
   """Chats and texts of two files; too long ones are counted out loud."""
   chats, texts = tmp_path / 'chats.jsonl', tmp_path / 'texts.json'
@@ -212,6 +214,7 @@ def test_no_evaluation_if_nothing_is_held_out(train, tmp_path, capsys):
   assert (tmp_path / 'run' / 'curves.png').is_file()
 
 
+@pytest.mark.slow
 def test_only_the_loss_if_so_configured(train, capsys):
   scores = train('run', **{'eval.exact_match': False, 'eval.shots': 2})
   assert list(scores) == ['zero-shot', 'fine-tuned']
@@ -219,6 +222,7 @@ def test_only_the_loss_if_so_configured(train, capsys):
   assert train.asked == []
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter(train, tmp_path):
   train('first', **{'train.steps': 3})
   path = tmp_path / 'first' / 'adapter'
@@ -232,6 +236,7 @@ def test_training_goes_on_from_an_adapter(train, tmp_path):
       train('x', **{'adapter.path': str(path), f'adapter.{key}': value})
 
 
+@pytest.mark.slow
 def test_norms_and_head_train_beside_an_adapter(train, tmp_path):
   train('run', **{'adapter.trainable': '.*norm/scale'})
   loaded = run.load_run(tmp_path / 'run')

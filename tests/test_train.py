@@ -117,7 +117,12 @@ def test_a_step_learns_moves_the_trained_tree_alone_and_traces_once(
 
 @pytest.mark.parametrize(
   'quant, method',
-  [('none', 'none'), ('nf4', 'lora'), ('nf4', 'dora'), ('none', 'magnitude')],
+  [
+    ('none', 'none'),
+    ('nf4', 'dora'),
+    pytest.param('nf4', 'lora', marks=pytest.mark.slow),
+    pytest.param('none', 'magnitude', marks=pytest.mark.slow),
+  ],
 )
 def test_one_batch_of_eight_is_four_of_two(quant, method):
   """Loss, gradient norm and update, in spite of unequal lengths."""
@@ -146,8 +151,15 @@ def test_one_batch_of_eight_is_four_of_two(quant, method):
     assert tiny.relative(a, b) <= 1e-4
 
 
-@pytest.mark.parametrize('quant, method', [('none', 'none'), ('nf4', 'dora')])
-@pytest.mark.parametrize('microbatches', [1, 2])
+@pytest.mark.parametrize(
+  'quant, method, microbatches',
+  [
+    ('none', 'none', 1),
+    ('nf4', 'dora', 2),
+    pytest.param('none', 'none', 2, marks=pytest.mark.slow),
+    pytest.param('nf4', 'dora', 1, marks=pytest.mark.slow),
+  ],
+)
 def test_eight_devices_are_one(quant, method, microbatches):
   """Loss, gradient norm and update, of examples of unequal length."""
   model, base, start = parts(quant, method, perturb=True)
