@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 
+from qdora_jax.interop import template
 from qdora_jax.rows import Row
 
 Chat = list[dict[str, str]]
@@ -163,6 +164,8 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _render(tokenizer: Any, chat: Chat, ask: bool, place: str) -> str:
+  if isinstance(tokenizer.chat_template, str):
+    template.check(tokenizer.chat_template, tokenizer.name_or_path)
   try:
     return tokenizer.apply_chat_template(
       chat, tokenize=False, add_generation_prompt=ask

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from qdora_jax import (
   AdapterSpec,
   QuantSpec,
+  chat,
   export_base,
   init_adapter,
   load_adapter,
@@ -270,3 +271,39 @@ def test_a_tokenizer_that_is_none(tmp_path):
     (folder / 'tokenizer.json').write_text(text)
     with pytest.raises(CLEAR, match=str(folder)):
       hf.HFCheckpoint(folder).tokenizer()
+
+
+@pytest.mark.parametrize(
+  'source, most',
+  [
+    (
+      '{% for a in range(99999) %}{% for b in range(99999) %}'
+      '{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}',
+      '5 seconds',
+    ),
+    ("{{ 'x' * 10000000000 }}", '1,000,000,000 bytes'),
+    ("{{ '%5000000000d' % 1 }}", '1,000,000,000 bytes'),
+  ],
+)
+def test_a_template_that_does_not_end(source, most, tmp_path):
+  folder = tiny.write(tmp_path)
+  file = folder / 'tokenizer_config.json'
+  config = json.loads(file.read_text()) | {'chat_template': source}
+  file.write_text(json.dumps(config))
+  tokenizer = hf.HFCheckpoint(folder).tokenizer()
+  row = {'prompt': 'Hello', 'completion': 'Hi'}
+  with pytest.raises(ValueError, match=f'takes more than {most}') as error:
+    chat.encode(tokenizer, row)
+  assert str(folder) in str(error.value)
+
+
+def test_a_template_has_no_python(tmp_path):
+  """transformers' sandbox: what it refuses is an error, and nothing is run."""
+  folder = tiny.write(tmp_path)
+  file = folder / 'tokenizer_config.json'
+  bad = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+  config = json.loads(file.read_text()) | {'chat_template': bad}
+  file.write_text(json.dumps(config))
+  tokenizer = hf.HFCheckpoint(folder).tokenizer()
+  with pytest.raises(ValueError, match='chat template refuses these turns'):
+    chat.encode(tokenizer, {'prompt': 'Hello', 'completion': 'Hi'})
