@@ -68,7 +68,7 @@ class QuantSection:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSection:
-  method: Literal['none', 'lora', 'dora', 'magnitude']
+  method: Literal['none', 'lora', 'dora', 'magnitude', 'vera', 'dvora']
   rank: int
   alpha: float
   dropout: float
@@ -79,6 +79,7 @@ class AdapterSection:
   init: Init
   factored: bool
   detach: bool
+  projection_seed: int
   trainable: str
   path: str
 

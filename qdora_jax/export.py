@@ -31,6 +31,7 @@ from qdora_jax.interop.hf_write import (
 from qdora_jax.interop.peft import save_adapter
 from qdora_jax.linear import kind, materialize, scaled
 from qdora_jax.pretrained import open_checkpoint
+from qdora_jax.specs import AdapterSpec
 from qdora_jax.transforms import Adapter, adapted_norms, attach
 
 Tree = dict[str, Any]
@@ -152,27 +153,33 @@ def fold(base: Tree, adapter: Tree) -> tuple[Tree, Tree]:
     if not isinstance(node, Adapter):
       continue
     w = flat[path]
-    if node.magnitude is None:
-      # The base is written beside it, whatever its initialization left of it.
-      spec = dataclasses.replace(node.spec, init='kaiming')
-      flat[path], plain[path] = w.base, node.replace(spec=spec)
+    if w.lora_a is None:
+      raise ValueError(
+        f'method={node.spec.method!r} trains no LoRA to go beside a folded '
+        "base: export it with format 'merged'"
+      )
+    node = Adapter(w.lora_a, w.lora_b, None, node.names, _plain(node.spec))
+    if paths.flatten(adapter)[path].magnitude is None:
+      flat[path], plain[path] = w.base, node
       continue
     gain = dora.gain(w, w.norm)
     below = int(jnp.sum(gain < 0))
     if below:
       negative.append(f'{below} of {path}')
     flat[path] = scaled(w.base, gain)
-    plain[path] = node.replace(
-      lora_b=node.lora_b * gain[..., None, :],
-      magnitude=None,
-      spec=dataclasses.replace(node.spec, method='lora', init='kaiming'),
-    )
+    plain[path] = node.replace(lora_b=node.lora_b * gain[..., None, :])
   if negative:
     raise ValueError(
       f'magnitudes below zero cannot be folded: {", ".join(negative)}. Export '
       "with format 'merged', or 'peft' for servers that know DoRA"
     )
   return paths.unflatten(flat), paths.unflatten(plain)
+
+
+def _plain(spec: AdapterSpec) -> AdapterSpec:
+  """The LoRA that is left; its base is written beside it, whatever init did."""
+  alpha = float(spec.rank) if spec.shared else spec.alpha
+  return dataclasses.replace(spec, method='lora', init='kaiming', alpha=alpha)
 
 
 _norms = jax.jit(adapted_norms)

@@ -21,7 +21,7 @@ from qdora_jax.config import OptimSection
 
 # Vectors that scale or shift features: pulling them to zero is not what weight
 # decay is for.
-UNDECAYED = r'.*/(magnitude|scale|bias)'
+UNDECAYED = r'.*/(magnitude|scale|bias|lambda_d|lambda_b)'
 
 
 # They want the loss as a function, a gradient per example, or other weights for

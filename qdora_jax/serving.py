@@ -68,8 +68,8 @@ def _several(
 ) -> SeveralWeight:
   """One kernel with all adapters; (node, attached leaf) or None for each."""
   *lead, i, o = base.shape
-  nodes = [pair[0] for pair in pairs if pair is not None]
-  widths = [n.lora_a.shape[-1] for n in nodes if n.lora_a is not None]
+  leaves = [pair[1] for pair in pairs if pair is not None]
+  widths = [w.lora_a.shape[-1] for w in leaves if w.lora_a is not None]
   widest = max(widths, default=1)
   parts = []
   for pair in pairs:
@@ -80,10 +80,10 @@ def _several(
       scale = w.scale
       if node.magnitude is not None:
         gain = dora.gain(w, w.norm)
-      if node.lora_a is not None:
-        r = node.lora_a.shape[-1]
-        a = a.at[..., :r].set(node.lora_a)
-        b = b.at[..., :r, :].set(node.lora_b)
+      if w.lora_a is not None:
+        r = w.lora_a.shape[-1]
+        a = a.at[..., :r].set(w.lora_a)
+        b = b.at[..., :r, :].set(w.lora_b)
     parts.append((a, b, scale, gain))
   # Behind the layer axis, which a scan takes off.
   stacks = (jnp.stack(part, len(lead)) for part in zip(*parts, strict=True))

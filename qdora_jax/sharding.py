@@ -90,6 +90,8 @@ _PARTS: dict[str, tuple[int | None, ...]] = {
   'lora_a': (0, None),
   'lora_b': (None, 1),
   'magnitude': (1,),
+  'lambda_d': (None,),
+  'lambda_b': (1,),
   'squared_norm': (1,),
   'norm': (1,),
 }

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from qdora_jax import paths
 
@@ -12,6 +12,7 @@ from qdora_jax import paths
 ALL_LINEAR = r'.*/(q|k|v|qkv|o|gate|up|gate_up|down)/kernel'
 
 
+Method = Literal['lora', 'dora', 'magnitude', 'vera', 'dvora']
 Init = Literal['kaiming', 'gaussian', 'orthogonal', 'pissa', 'olora', 'loftq']
 # What an adapter starts from: nothing but its shape, or the weight itself.
 FRESH = ('kaiming', 'gaussian', 'orthogonal')
@@ -39,9 +40,10 @@ class AdapterSpec:
   """What to adapt, and how.
 
   Attributes:
-    method: 'lora', 'dora', or 'magnitude' (DoRA's magnitude alone).
+    method: 'lora', 'dora', 'magnitude' (DoRA's magnitude alone), 'vera' (A and
+      B random and shared, two vectors trained) or 'dvora' (DoRA over VeRA).
     rank: R.
-    alpha: the correction is scaled by alpha / rank.
+    alpha: the correction is scaled by alpha / rank (not VeRA's).
     dropout: probability of dropping an entry of the adapter's input.
     targets: regex over whole names ('layers/3/attn/q/kernel').
     rank_pattern: {regex: rank}, the first match wins over `rank`; rank 0 leaves
@@ -54,6 +56,7 @@ class AdapterSpec:
       checkpoint is loaded (`load_pretrained`).
     factored: DoRA's norm without a dense V; False is for ablations.
     detach: DoRA's norm is a constant in differentiation; False for ablations.
+    projection_seed: of VeRA's shared A and B.
     trainable: regex over whole names of unquantized parameters that are trained
       in full beside the adapter: norms, the head, the embedding; '' for none.
 
@@ -61,7 +64,7 @@ class AdapterSpec:
     ValueError: for an unknown method, or a number out of range.
   """
 
-  method: Literal['lora', 'dora', 'magnitude'] = 'dora'
+  method: Method = 'dora'
   rank: int = 16
   alpha: float = 32.0
   dropout: float = 0.0
@@ -72,19 +75,27 @@ class AdapterSpec:
   init: Init = 'kaiming'
   factored: bool = True
   detach: bool = True
+  projection_seed: int = 0
   trainable: str = ''
 
   def __post_init__(self):
-    methods = ('lora', 'dora', 'magnitude')
+    methods = get_args(Method)
     if self.method not in methods:
       raise ValueError(f'method={self.method!r}: expected one of {methods}')
     if self.init not in (*FRESH, *TAKEN):
       raise ValueError(
         f'init={self.init!r}: expected one of {(*FRESH, *TAKEN)}'
       )
-    if self.method == 'magnitude' and self.init != 'kaiming':
+    if self.init != 'kaiming' and self.method not in ('lora', 'dora'):
       raise ValueError(
-        f"init={self.init!r} is how A and B start; method='magnitude' has none"
+        f'init={self.init!r} is how A and B start; method={self.method!r} '
+        'trains none'
+      )
+    if self.shared and set(dict(self.rank_pattern).values()) - {0}:
+      raise ValueError(
+        f'rank_pattern={dict(self.rank_pattern)}: the A and B of '
+        f'method={self.method!r} are shared by all kernels, and so is their '
+        'rank; expected 0 (not adapted) alone'
       )
     if self.rank < 1:
       raise ValueError(f'rank={self.rank}: expected at least 1')
@@ -101,6 +112,15 @@ class AdapterSpec:
           f'alpha_pattern {pattern!r}: {alpha}, expected more than 0'
         )
 
+  @property
+  def shared(self) -> bool:
+    """Whether A and B are random and the same for all kernels."""
+    return self.method in ('vera', 'dvora')
+
+  @property
+  def has_magnitude(self) -> bool:
+    return self.method in ('dora', 'dvora', 'magnitude')
+
   def rank_of(self, name: str) -> int:
     """The rank of the kernel of that name; 0 if it is not adapted."""
     if not re.fullmatch(self.targets, name):
@@ -116,4 +136,6 @@ class AdapterSpec:
     rank = self.rank_of(name)
     if not rank:
       return 0.0
+    if self.shared:
+      return 1.0  # VeRA's vectors are all the scale there is.
     return self.alpha_of(name) / (rank**0.5 if self.rslora else rank)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qdora_jax import dora, lora, nf4, paths
+from qdora_jax import dora, lora, nf4, paths, vera
 from qdora_jax.dora import DoraWeight
 from qdora_jax.linear import kind, materialize
 from qdora_jax.linear import norm as norm_of
@@ -38,6 +38,8 @@ class Adapter(flax.struct.PyTreeNode):
       ones are padded with zeros.
     lora_b: f32 [..., R, O] or None.
     magnitude: f32 [..., O] or None.
+    lambda_d: VeRA's d, f32 [..., R], or None.
+    lambda_b: VeRA's b, f32 [..., O], or None.
     names: the kernel's name, or one per layer of a stack.
     spec: ranks, scales and options, by name.
   """
@@ -47,6 +49,8 @@ class Adapter(flax.struct.PyTreeNode):
   magnitude: jax.Array | None
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)
   spec: AdapterSpec = flax.struct.field(pytree_node=False)
+  lambda_d: jax.Array | None = None
+  lambda_b: jax.Array | None = None
 
   @property
   def ranks(self) -> tuple[int, ...]:
@@ -188,7 +192,7 @@ def _init(
   *lead, i, o = leaf.shape
   ranks = [spec.rank_of(name) for name in names]
   for name, rank in zip(names, ranks, strict=True):
-    if spec.method != 'magnitude' and not 0 <= rank <= min(i, o):
+    if spec.method in ('lora', 'dora') and not 0 <= rank <= min(i, o):
       raise ValueError(
         f'rank {rank} for {name}: expected 1 to {min(i, o)}, the smaller side '
         f'of its kernel {(i, o)}; lower adapter.rank, or set its own in '
@@ -198,8 +202,11 @@ def _init(
       raise ValueError(
         f"rank {rank} for {name}: init='orthogonal' needs an even one"
       )
-  a = b = magnitude = None
-  if spec.method != 'magnitude':
+  a = b = magnitude = lambda_d = lambda_b = None
+  if spec.shared:
+    lambda_d = jnp.full((*lead, spec.rank), vera.D_INITIAL, jnp.float32)
+    lambda_b = jnp.zeros((*lead, o), jnp.float32)
+  if spec.method in ('lora', 'dora'):
     # crc32 and not hash(): the same in every process.
     keys = [
       jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names
@@ -211,9 +218,9 @@ def _init(
       ]
     )
     a, b = a.reshape(*lead, i, -1), b.reshape(*lead, -1, o)
-  if spec.method != 'lora':
+  if spec.has_magnitude:
     magnitude = dora.root(_per_layer(_squared_norm, leaf))
-  return Adapter(a, b, magnitude, names, spec)
+  return Adapter(a, b, magnitude, names, spec, lambda_d, lambda_b)
 
 
 def stack_ranks(
@@ -329,6 +336,7 @@ def attach(
   """
   flat = paths.flatten(base)
   known = paths.flatten(norms) if norms is not None else {}
+  shared = _shared(adapter, flat)
   for path, node in paths.flatten(adapter).items():
     if not isinstance(node, Adapter):
       if base and (path not in flat or flat[path].shape != node.shape):
@@ -355,8 +363,28 @@ def attach(
       for part in ('squared_norm', 'norm')
       if f'{path}/{part}' in known
     }
+    if node.lambda_d is not None:
+      pair = vera.pair(
+        shared, node.lambda_d, node.lambda_b, flat[path].shape[-2]
+      )
+      node = node.replace(lora_a=pair[0], lora_b=pair[1])
     flat[path] = _weight(node, flat[path], here, keys)
   return paths.unflatten(flat)
+
+
+def _shared(adapter: Tree, base: Tree) -> tuple[jax.Array, jax.Array] | None:
+  """VeRA's A and B, of the size of the largest kernel adapted; None without."""
+  nodes = {
+    path: node
+    for path, node in paths.flatten(adapter).items()
+    if isinstance(node, Adapter) and node.lambda_d is not None
+  }
+  shapes = [base[path].shape for path in nodes if path in base]
+  if not shapes:
+    return None
+  spec = next(iter(nodes.values())).spec
+  i, o = (max(shape[axis] for shape in shapes) for axis in (-2, -1))
+  return vera.projections(spec.projection_seed, i, spec.rank, o)
 
 
 def _weight(
@@ -388,6 +416,8 @@ def _check_fit(path: str, node: Adapter, base: Any) -> None:
     'lora_a': (node.lora_a, (*lead, i)),
     'lora_b': (node.lora_b, (*lead, o)),
     'magnitude': (node.magnitude, (*lead, o)),
+    'lambda_d': (node.lambda_d, (*lead, node.spec.rank)),
+    'lambda_b': (node.lambda_b, (*lead, o)),
   }
   for name, (array, expected) in have.items():
     if array is None:

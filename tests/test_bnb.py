@@ -5,11 +5,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import cases
+import tiny
+from golden import cases, weights
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from qdora_jax import nf4
+from qdora_jax import QuantSpec, export_base, load_pretrained, nf4
+from qdora_jax.finetune import fine_tune
 from qdora_jax.interop import bnb, hf
 
 STATE = 'weight.quant_state.bitsandbytes__nf4'
@@ -149,3 +151,57 @@ def test_other_quantizations_are_refused(config, words, tmp_path):
   with pytest.raises(ValueError, match=words) as error:
     hf.HFCheckpoint(tmp_path)
   assert str(tmp_path) in str(error.value)
+
+
+def straddling(name, w):
+  """bitsandbytes' tensors of a weight whose rows are no whole blocks."""
+  q = nf4.quantize_host(w.reshape(-1, 1))
+  parts = bnb.write(name, q, 'float32')
+  key = f'{name}.quant_state.bitsandbytes__nf4'
+  values = json.loads(parts[key].tobytes()) | {'shape': list(w.shape)}
+  parts[key] = np.frombuffer(json.dumps(values).encode(), np.uint8)
+  return parts
+
+
+def test_a_run_says_what_it_reads_in_full(tmp_path, monkeypatch, capsys):
+  """Rows of 96 in blocks of 64: no layout of ours holds them packed."""
+  config, tensors = weights.tiny_llama(0)
+  config['intermediate_size'] = 96
+  cut = {
+    k: np.ascontiguousarray(
+      w[:, :96] if 'down' in k else w[:96] if '.mlp.' in k else w
+    )
+    for k, w in tensors.items()
+  }
+  dense = {k: w for k, w in cut.items() if 'down_proj' in k}
+  for k, w in dense.items():
+    cut |= straddling(k, w)
+  model = tiny.write_tokenizer(weights.write_hf(tmp_path / 'm', config, cut))
+  _, base, _ = load_pretrained(model)
+  for n in range(3):
+    w = dense[f'model.layers.{n}.mlp.down_proj.weight']
+    off = base['layers']['mlp']['down']['kernel'][n].T - w
+    assert 0 < np.abs(off).max() < 0.16 * np.abs(w).max()
+  tiny.use_sums(monkeypatch)
+  config = tiny.run_config(
+    model,
+    **{'train.steps': 1, 'eval.before': False, 'eval.exact_match': False},
+    **{'quant.targets': '.*/q/kernel', 'adapter.targets': '.*/q/kernel'},
+  )
+  fine_tune(config, tmp_path / 'run')
+  line = 'stored in 4 bits, read in full precision: layers/mlp/down/kernel: its'
+  assert (
+    f'{line} blocks of 64 straddle outputs of 96' in capsys.readouterr().out
+  )
+
+
+def test_full_fine_tuning_of_stored_codes_is_refused(tmp_path, monkeypatch):
+  source = tiny.write(tmp_path / 'in')
+  _, base, _ = load_pretrained(source, QuantSpec())
+  export_base(tmp_path / 'out', base, source)
+  tiny.use_sums(monkeypatch)
+  config = tiny.run_config(
+    tmp_path / 'out', **{'adapter.method': 'none', 'quant.format': 'none'}
+  )
+  with pytest.raises(ValueError, match='stored in 4 bits, which no gradient'):
+    fine_tune(config, tmp_path / 'run')

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'qdora_jax'
 FLOORS = {
-  0: ('nf4', 'lora', 'dora', 'residual', 'several', 'linear'),
+  0: ('nf4', 'lora', 'dora', 'residual', 'several', 'vera', 'linear'),
   1: ('paths', 'specs', 'transforms', 'serving', 'sharding'),
   2: ('attention', 'rope', 'model', 'linen', 'pretrained', 'interop', 'export'),
   3: ('config', 'rows', 'chat', 'data', 'optim', 'checkpoint', 'metrics'),

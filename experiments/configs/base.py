@@ -65,7 +65,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.quant.double_quant = True
 
   config.adapter = ml_collections.ConfigDict(convert_dict=False)
-  # 'none' (full fine-tuning), 'lora', 'dora' or 'magnitude'.
+  # 'none' (full fine-tuning), 'lora', 'dora', 'magnitude' (DoRA's alone),
+  # 'vera' (A and B random and shared, of rank 256 and more; two vectors are
+  # trained) or 'dvora'.
   config.adapter.method = 'dora'
   config.adapter.rank = 16
   config.adapter.alpha = 32.0
@@ -82,6 +84,8 @@ def get_config() -> ml_collections.ConfigDict:
   # DoRA's norm without a dense weight, held constant: False is for ablations.
   config.adapter.factored = True
   config.adapter.detach = True
+  # Of the random A and B of 'vera' and 'dvora'.
+  config.adapter.projection_seed = 0
   # Trained in full beside the adapter, by regex: r'.*norm/scale', the head
   # (r'lm_head/kernel'), the embedding (r'embed/embedding'); '' for none.
   config.adapter.trainable = ''

@@ -1,9 +1,10 @@
 """A GGUF file's vocabulary as a Hugging Face fast tokenizer.
 
-The file holds tokens, merges, token types and the *name* of the rule that
-splits text before the merges apply. The rule itself is nowhere in the file, so
-a name is supported here only if its rule is known; guessing one gives a
-tokenizer that is right on most words and wrong on numbers.
+The file holds tokens, merges or scores, token types and, for byte-level BPE,
+the *name* of the rule that splits text before the merges apply. The rule itself
+is nowhere in the file, so a name is supported here only if its rule is known;
+guessing one gives a tokenizer that is right on most words and wrong on numbers.
+SentencePiece vocabularies are built by transformers.
 """
 
 from collections.abc import Mapping
@@ -21,76 +22,138 @@ _ROLES = {
   'unk_token': 'tokenizer.ggml.unknown_token_id',
   'pad_token': 'tokenizer.ggml.padding_token_id',
 }
+# llama.cpp llama-vocab.cpp: names of one rule each. GPT-2's pattern after
+# single digits; cl100k's with digits by threes, or one by one; Mistral's.
+_DIGITS = ('smollm', 'starcoder', 'refact', 'command-r', 'codeshell', 'minerva')
+_LLAMA3 = ('llama3', 'llama-v3', 'llama-bpe', 'dbrx', 'smaug-bpe', 'falcon3')
+_QWEN2 = ('qwen2', 'deepseek-r1-qwen')
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+_LOWER = r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
+_UPPER = r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]'
+_PATTERNS = {
+  **dict.fromkeys(_LLAMA3, rf'{_WORDS}|\p{{N}}{{1,3}}{_REST}'),
+  **dict.fromkeys(_QWEN2, rf'{_WORDS}|\p{{N}}{_REST}'),
+  'tekken': (
+    rf'{_UPPER}*{_LOWER}+|{_UPPER}+{_LOWER}*|\p{{N}}'
+    r'| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+  ),
+}
+# Whole tokens are taken before any merge, and a text begins with BOS.
+_LLAMA3_OWN = ('llama3', 'llama-v3', 'llama-bpe')
 
 
 def build(fields: Mapping[str, Any], path: str) -> 'PreTrainedTokenizerFast':
   """The tokenizer described by a GGUF file's metadata.
 
-  Byte-level BPE; control tokens are matched whole in the text and count as
-  special; beginning- and end-of-text tokens are added to a text only if the
-  file says so; the chat template is the file's.
+  Control tokens are matched whole in the text and count as special; beginning-
+  and end-of-text tokens are added to a text if the file says so (or says
+  nothing, and llama.cpp does); the chat template is the file's.
 
   Args:
     fields: metadata by key, see `gguf_header.Header`.
     path: the file, for error messages.
 
   Raises:
-    ValueError: the vocabulary is not byte-level BPE, the splitting rule is
-      not one of 'smollm' and 'gpt-2', or a key is missing.
+    ValueError: the vocabulary is neither byte-level BPE nor SentencePiece, its
+      splitting rule is not known, or a key is missing.
   """
-  import tokenizers
   from transformers import PreTrainedTokenizerFast
 
-  needed = [f'tokenizer.ggml.{k}' for k in ('model', 'pre', 'tokens', 'merges')]
-  missing = [key for key in needed if key not in fields]
-  if missing:
+  model = _need(fields, 'model', path)
+  if model == 'gpt2':
+    backend = _byte_level(fields, path)
+    begins = fields['tokenizer.ggml.pre'] in _LLAMA3_OWN
+  elif model == 'llama':
+    backend, begins = _sentencepiece(fields, path), True
+  else:
     raise ValueError(
-      f'{path}: metadata {missing} is missing, so its tokenizer is unknown.'
-      " Load the tokenizer of the model's Hugging Face directory instead"
+      f"{path}: tokenizer.ggml.model is {model!r}, expected 'gpt2' (byte-level "
+      "BPE) or 'llama' (SentencePiece). Load the tokenizer of the model's "
+      'Hugging Face directory instead'
     )
-  model, rule, tokens, merges = (fields[key] for key in needed)
-  if model != 'gpt2':
-    raise ValueError(
-      f"{path}: tokenizer.ggml.model is {model!r}, expected 'gpt2' (byte-level"
-      " BPE). Load the tokenizer of the model's Hugging Face directory instead"
-    )
-  backend = tokenizers.Tokenizer(
-    tokenizers.models.BPE(
-      {token: i for i, token in enumerate(tokens)},
-      [tuple(merge.split(' ')) for merge in merges],
-    )
-  )
-  backend.pre_tokenizer = _splitter(rule, path)
-  backend.decoder = tokenizers.decoders.ByteLevel()
+  tokens = _need(fields, 'tokens', path)
   roles = {r: tokens[fields[k]] for r, k in _ROLES.items() if k in fields}
   _add_whole_tokens(backend, fields, tokens)
-  _add_ends(backend, fields, roles)
+  _add_ends(backend, fields, roles, begins)
   if 'tokenizer.chat_template' in fields:
     roles['chat_template'] = fields['tokenizer.chat_template']
-  if 'llama.context_length' in fields:
-    roles['model_max_length'] = fields['llama.context_length']
+  context = f'{fields["general.architecture"]}.context_length'
+  if context in fields:
+    roles['model_max_length'] = fields[context]
   return PreTrainedTokenizerFast(
     tokenizer_object=backend, clean_up_tokenization_spaces=False, **roles
   )
 
 
+def _need(fields: Mapping[str, Any], name: str, path: str) -> Any:
+  key = f'tokenizer.ggml.{name}'
+  if key not in fields:
+    raise ValueError(
+      f'{path}: metadata {key!r} is missing, so its tokenizer is unknown. Load '
+      "the tokenizer of the model's Hugging Face directory instead"
+    )
+  return fields[key]
+
+
+def _byte_level(fields: Mapping[str, Any], path: str) -> Any:
+  import tokenizers
+
+  keys = ('tokens', 'merges', 'pre')
+  tokens, merges, rule = (_need(fields, key, path) for key in keys)
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      {token: i for i, token in enumerate(tokens)},
+      [tuple(merge.split(' ')) for merge in merges],
+      ignore_merges=rule in _LLAMA3_OWN,
+    )
+  )
+  backend.pre_tokenizer = _splitter(rule, path)
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  return backend
+
+
 def _splitter(rule: str, path: str) -> 'PreTokenizer':
   """The pre-tokenizer that llama.cpp calls `rule`."""
-  from tokenizers import pre_tokenizers
+  from tokenizers import Regex, pre_tokenizers
 
   # use_regex: GPT-2's pattern.
   bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
   if rule == 'gpt-2':
     return bytes_
-  if rule == 'smollm':
-    # llama.cpp llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM: \p{N} one by
-    # one, then GPT-2's pattern; HuggingFaceTB/SmolLM2 tokenizer.json.
+  if rule in _DIGITS:
     digits = pre_tokenizers.Digits(individual_digits=True)
     return pre_tokenizers.Sequence([digits, bytes_])
+  if rule in _PATTERNS:
+    split = pre_tokenizers.Split(Regex(_PATTERNS[rule]), 'isolated')
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, bytes_])
+  known = ', '.join(('gpt-2', *_DIGITS, *_PATTERNS))
   raise ValueError(
-    f"{path}: tokenizer.ggml.pre is {rule!r}, expected 'smollm' or 'gpt-2'."
-    " Load the tokenizer of the model's Hugging Face directory instead"
+    f'{path}: tokenizer.ggml.pre is {rule!r}, expected one of {known}. Load '
+    "the tokenizer of the model's Hugging Face directory instead"
   )
+
+
+def _sentencepiece(fields: Mapping[str, Any], path: str) -> Any:
+  """transformers' own reading of a SentencePiece vocabulary."""
+  try:
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as theirs
+  except ImportError as error:
+    raise ValueError(
+      f'{path}: reading its SentencePiece vocabulary needs a newer '
+      "transformers: pip install -U transformers; or load the model's Hugging "
+      'Face directory'
+    ) from error
+  parts = {'tokenizer_type': 'llama'}
+  for name in ('tokens', 'scores'):
+    parts[name] = _need(fields, name, path)
+  for name in ('merges', 'token_type'):
+    if f'tokenizer.ggml.{name}' in fields:
+      parts[name] = fields[f'tokenizer.ggml.{name}']
+  arch = fields['general.architecture']
+  build = theirs.select_tokenizer_builder(arch, 'llama')
+  return build(parts).backend_tokenizer
 
 
 def _add_whole_tokens(
@@ -112,14 +175,19 @@ def _add_whole_tokens(
 
 
 def _add_ends(
-  backend: Any, fields: Mapping[str, Any], roles: Mapping[str, str]
+  backend: Any,
+  fields: Mapping[str, Any],
+  roles: Mapping[str, str],
+  begins: bool,
 ) -> None:
   """Adds beginning and end of text around a text if the file asks for it."""
   from tokenizers import processors
 
   parts, ids = ['$A'], []
   for end in ('bos', 'eos'):
-    if (f'tokenizer.ggml.add_{end}_token', True) in fields.items():
+    key = f'tokenizer.ggml.add_{end}_token'
+    wanted = fields[key] if key in fields else begins and end == 'bos'
+    if wanted and f'{end}_token' in roles:
       token = roles[f'{end}_token']
       parts = [token, *parts] if end == 'bos' else [*parts, token]
       ids.append((token, backend.token_to_id(token)))

@@ -77,6 +77,11 @@ def save_adapter(
       "PEFT has no magnitude-only adapter; train method='dora' with rank 1 and "
       'a frozen, zero lora_b, or merge it into the base'
     )
+  if spec.shared:
+    raise ValueError(
+      f"method={spec.method!r}: PEFT's VeRA draws other random matrices, and "
+      'it has no DVoRA. Export it folded (as the LoRA it is) or merged'
+    )
   if spec.init in TAKEN:
     if initial is None:
       raise ValueError(

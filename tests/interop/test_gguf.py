@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdora_jax.interop import pypi
+from qdora_jax.interop import gguf_tokenizer, pypi
 from qdora_jax.interop.gguf import GGUFCheckpoint
 
 gguf = pytest.importorskip('gguf', reason="pip install 'qdora_jax[demo]'")
@@ -298,15 +298,77 @@ def test_chat_template(path):
 
 
 def test_other_splitting_rules_are_refused(path):
-  write(path, pre='llama-bpe')
-  with pytest.raises(ValueError, match="pre is 'llama-bpe', expected"):
+  write(path, pre='viking')
+  with pytest.raises(ValueError, match="pre is 'viking', expected"):
     GGUFCheckpoint(path).tokenizer()
 
 
 def test_a_file_without_vocabulary(path):
   write(path, without=['tokenizer'])
-  with pytest.raises(ValueError, match=r'tokenizer\.ggml\.pre.* is missing'):
+  with pytest.raises(ValueError, match=r'tokenizer\.ggml\.model. is missing'):
     GGUFCheckpoint(path).tokenizer()
+
+
+def test_splitting_rules_are_the_ones_of_the_models():
+  """As transformers has them: of Qwen 2's tokenizer, tiktoken's, and GGUFs'."""
+  from transformers.convert_slow_tokenizer import TikTokenConverter
+  from transformers.models.qwen2 import tokenization_qwen2 as qwen2
+
+  patterns = gguf_tokenizer._PATTERNS
+  assert patterns['qwen2'] == qwen2.PRETOKENIZE_REGEX
+  assert patterns['llama-bpe'] == TikTokenConverter('none').pattern
+  theirs = pytest.importorskip(
+    'transformers.integrations.gguf.gguf_tokenizer_mapping'
+  ).GGUF_PRE_TOKENIZER_SPLITS
+  for name, pattern in patterns.items():
+    assert theirs[name] == pattern, name
+
+
+@pytest.mark.parametrize(
+  'pre, pieces',
+  [
+    ('qwen2', ['hello', ',', 'Ġ', '1', '2']),
+    # Digits by threes, merged to 12.
+    ('llama-bpe', ['hello', ',', 'Ġ', '12']),
+    ('refact', ['hello', ',', 'Ġ', '1', '2']),
+    ('tekken', ['hello', ',', 'Ġ', '1', '2']),
+  ],
+)
+def test_other_splitting_rules(path, pre, pieces):
+  write(path, pre=pre)
+  tokenizer = GGUFCheckpoint(path).tokenizer()
+  assert tokenizer.tokenize('hello, 12') == pieces
+  begins = tokenizer.encode('hello')[0] == tokenizer.bos_token_id
+  assert begins == (pre == 'llama-bpe')
+
+
+def test_a_sentencepiece_vocabulary(path):
+  pieces = ['<unk>', '<s>', '</s>', '▁', *'helo', 'll', 'he', 'hell', 'hello']
+  pieces += ['▁hello', 'lo']
+  scores = [0.0] * 3 + [-1000.0] * 5 + [-3.0, -2.0, -4.0, -5.0, -6.0, -2.5]
+  writer = gguf.GGUFWriter(path, 'llama')
+  writer.add_context_length(128)
+  for key in ('embedding_length', 'feed_forward_length', 'block_count'):
+    writer.add_uint32(f'llama.{key}', 1)
+  writer.add_head_count(1)
+  writer.add_layer_norm_rms_eps(1e-5)
+  writer.add_tokenizer_model('llama')
+  writer.add_token_list(pieces)
+  writer.add_token_scores(scores)
+  writer.add_token_types([2, 3, 3] + [1] * (len(pieces) - 3))
+  writer.add_bos_token_id(1)
+  writer.add_eos_token_id(2)
+  writer.add_unk_token_id(0)
+  writer.add_tensor('token_embd.weight', np.ones((len(pieces), 1), np.float32))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  tokenizer = GGUFCheckpoint(path).tokenizer()
+  # 'he' (-2) is merged before 'lo' (-2.5), and so 'll' never is.
+  assert tokenizer.tokenize('hello') == ['▁', 'he', 'l', 'lo']
+  assert tokenizer.encode('hello')[0] == 1
+  assert tokenizer.decode(tokenizer.encode('hello'), True) == 'hello'
 
 
 def test_other_architectures_are_refused_by_name(path):

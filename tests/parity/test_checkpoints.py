@@ -30,6 +30,7 @@ from qdora_jax import (
   load_pretrained,
   paths,
   save_adapter,
+  vera,
 )
 from qdora_jax.interop.gguf import GGUFCheckpoint
 
@@ -238,6 +239,37 @@ def test_taken_out_of_a_weight_as_peft_does(source, init):
     np.testing.assert_allclose(
       node.lora_a[1] @ node.lora_b[1], (b @ a).T, atol=2e-5
     )
+
+
+def test_vera_is_pefts_over_the_same_random_matrices(source):
+  model, base, _ = load_pretrained(source, remat='none')
+  spec = AdapterSpec('vera', rank=16)
+  adapter = paths.flatten(init_adapter(jax.random.key(0), base, spec))
+  draw = np.random.RandomState(0)
+  for path, node in adapter.items():
+    d, b = (
+      np.float32(draw.standard_normal(x.shape) * 0.1)
+      for x in (node.lambda_d, node.lambda_b)
+    )
+    adapter[path] = node.replace(lambda_d=d, lambda_b=b)
+  config = peft.VeraConfig(r=16, target_modules=strangers.ALL_LINEARS)
+  with strangers.quiet():
+    theirs = peft.get_peft_model(strangers.load(source), config).eval()
+  big_a, big_b = vera.projections(0, 128, 16, 128)
+  for name in weights.LINEARS:
+    node = adapter[f'layers/{name}/kernel']
+    for n in range(3):
+      module = weights.hf_module(n, name)
+      layer = theirs.base_model.model.get_submodule(module)
+      layer.vera_A['default'] = torch.from_numpy(np.array(big_a.T))
+      layer.vera_B['default'] = torch.from_numpy(np.array(big_b.T))
+      d, b = torch.tensor(node.lambda_d[n]), torch.tensor(node.lambda_b[n])
+      layer.vera_lambda_d['default'].data = d
+      layer.vera_lambda_b['default'].data = b
+  got = strangers.logits(theirs, TOKENS)
+  params = attach(base, paths.unflatten(adapter))
+  assert ours.relative(got, ours.logits(model, params, TOKENS)) <= 1e-5
+  assert ours.relative(got, ours.logits(model, base, TOKENS)) > 1e-2
 
 
 ARCHITECTURES = ('llama2', 'qwen2', 'gemma2', 'phi3_long')
