@@ -76,12 +76,12 @@ class AdapterSection:
   rank_pattern: Mapping[str, int]
   alpha_pattern: Mapping[str, float]
   rslora: bool
-  init: Init
   factored: bool
   detach: bool
-  projection_seed: int
   trainable: str
   path: str
+  init: Init = 'kaiming'
+  projection_seed: int = 0
 
   def spec(self) -> AdapterSpec | None:
     if self.method == 'none':
@@ -226,6 +226,20 @@ class RunConfig:
     except ValueError as error:
       raise ValueError(f'config.adapter.{error}') from error
 
+  def settings(self) -> dict[str, Any]:
+    """All keys, but those an earlier version did not know and would not miss.
+
+    Two runs of equal settings are the same run, also across versions.
+    """
+    every = dataclasses.asdict(self)
+    for name, section in every.items():
+      if isinstance(section, dict):
+        added = later(getattr(self, name))
+        every[name] = {
+          k: v for k, v in section.items() if k not in added or added[k] != v
+        }
+    return every
+
   @classmethod
   def make(cls, values: Mapping[str, Any]) -> 'RunConfig':
     """From nested dicts (an ml_collections ConfigDict's `to_dict()`).
@@ -249,10 +263,23 @@ def _section(cls: Any, values: Any, where: str) -> Any:
       raise ValueError(
         f'{where}.{key} is no key{hint} (keys: {", ".join(hints)})'
       )
-  missing = [key for key in hints if key not in values]
+  missing = [
+    key for key in hints if key not in values and key not in later(cls)
+  ]
   if missing:
     raise ValueError(f'{where} lacks {", ".join(missing)}')
-  return cls(**{k: _value(hints[k], values[k], f'{where}.{k}') for k in hints})
+  return cls(
+    **{k: _value(hints[k], v, f'{where}.{k}') for k, v in values.items()}
+  )
+
+
+def later(section: Any) -> dict[str, Any]:
+  """Keys that run folders of earlier versions have not, and what they meant."""
+  return {
+    f.name: f.default
+    for f in dataclasses.fields(section)
+    if f.default is not dataclasses.MISSING
+  }
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -122,7 +122,7 @@ class Run:
   @property
   def identity(self) -> dict[str, str]:
     """What its checkpoints belong to."""
-    text = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
+    text = json.dumps(self.config.settings(), sort_keys=True)
     config = hashlib.sha256(text.encode()).hexdigest()[:16]
     return {'base': self.fingerprint, 'config': config}
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from qdora_jax import AdapterSpec, QuantSpec
-from qdora_jax.config import RunConfig
+from qdora_jax.config import AdapterSection, RunConfig, later
 
 
 def test_base_py_lists_every_key():
@@ -184,3 +184,25 @@ def test_patterns_by_name_come_through_a_config_file_in_order(tmp_path):
   spec = read_config(str(file), []).adapter.spec()
   assert spec.rank_pattern == (('.*/q/kernel', 8), ('.*/attn/.*', 2))
   assert spec.rank_of('layers/0/attn/q/kernel') == 8
+
+
+def test_a_folder_of_an_earlier_version_is_the_same_run():
+  """Keys added since mean what was done before there were any."""
+  values = tiny.config('model')
+  added = later(AdapterSection)
+  assert set(added) == {'init', 'projection_seed'}
+  now = RunConfig.make(values)
+  for key in added:
+    del values['adapter'][key]
+  before = RunConfig.make(values)
+  assert before == now
+  assert before.settings() == now.settings() == values
+  values['adapter']['init'] = 'pissa'
+  assert RunConfig.make(values).settings() != now.settings()
+  # A typo is one still, and what never had a default is needed.
+  values['adapter']['inti'] = 'pissa'
+  with pytest.raises(ValueError, match=r"inti is no key; did you mean .*init"):
+    RunConfig.make(values)
+  del values['adapter']['inti'], values['adapter']['rank']
+  with pytest.raises(ValueError, match='config.adapter lacks rank'):
+    RunConfig.make(values)
