@@ -201,8 +201,8 @@ def test_a_folder_of_an_earlier_version_is_the_same_run():
   assert RunConfig.make(values).settings() != now.settings()
   # A typo is one still, and what never had a default is needed.
   values['adapter']['inti'] = 'pissa'
-  with pytest.raises(ValueError, match=r"inti is no key; did you mean .*init"):
+  with pytest.raises(ValueError, match=r'inti is no key; did you mean .*init'):
     RunConfig.make(values)
   del values['adapter']['inti'], values['adapter']['rank']
-  with pytest.raises(ValueError, match='config.adapter lacks rank'):
+  with pytest.raises(ValueError, match=r'config\.adapter lacks rank'):
     RunConfig.make(values)

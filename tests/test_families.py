@@ -152,6 +152,27 @@ def test_fields_that_say_nothing_are_passed_over():
   assert model_config({**config, **more}, 'x') == model_config(config, 'x')
 
 
+@pytest.mark.parametrize(
+  'name, fields',
+  [
+    ('llama2', {'pretraining_tp': 2, 'max_sequence_length': 2048}),
+    ('llama3', {'_name_or_path': 'x', 'rope_interleaved': True}),
+    ('gemma2', {'sliding_window_size': 4096, 'cache_implementation': 'hybrid'}),
+    ('gemma3', {'hidden_act': 'gelu', 'torch_dtype': 'bfloat16'}),
+    (
+      'phi3',
+      {'full_attn_mod': 1, 'interpolate_factor': 1, 'auto_map': {'a': 1}},
+    ),
+    ('qwen3', {'temperature': 0.6, 'do_sample': True, 'top_k': 20}),
+    ('smollm3', {'max_window_layers': 28, 'pretraining_tp': 2}),
+    ('granite', {'attention_dropout': 0.1, 'unsloth_fixed': True}),
+  ],
+)
+def test_what_published_files_carry_along(name, fields):
+  config = config_of(name)
+  assert model_config({**config, **fields}, 'x') == model_config(config, 'x')
+
+
 def test_windows_are_read_as_transformers_reads_them():
   windows = {
     'mistral': [6] * 4,

@@ -34,6 +34,7 @@ EXAMPLES = {
   'bnb': 300,
   'gguf': 500,
   'peft': 300,
+  'tokenizer': 150,
 }
 # Of one file: they hold some 100 kB.
 MOST_SECONDS, MOST_BYTES = 5.0, 500e6
@@ -59,6 +60,7 @@ def good(tmp_path_factory):
     json.dumps(index)
   )
   shutil.copytree(root / 'hf', root / 'config')
+  tiny.write(root / 'tokenizer')
   _, base, _ = load_pretrained(root / 'hf', QuantSpec())
   export_base(root / 'bnb', base, root / 'hf', 'float32')
   (root / 'gguf').mkdir()
@@ -75,6 +77,7 @@ FILES = {
   'bnb': 'model.safetensors',
   'gguf': 'model.gguf',
   'peft': 'adapter_model.safetensors',
+  'tokenizer': 'tokenizer.json',
 }
 
 
@@ -82,6 +85,9 @@ def open_whole(kind, folder, base):
   """Reads everything that the reader of this kind reads."""
   if kind == 'peft':
     load_adapter(folder, base)
+    return
+  if kind == 'tokenizer':
+    hf.HFCheckpoint(folder).tokenizer().encode('1 + 2 = 3')
     return
   if kind == 'gguf':
     checkpoint = gguf.GGUFCheckpoint(folder / 'model.gguf')

@@ -278,6 +278,7 @@ def _olmo2(f: Fields) -> ModelConfig:
 
 def _smollm3(f: Fields) -> ModelConfig:
   shapes = _shapes(f, kv_heads=4, tied=True)
+  f.read.add('max_window_layers')  # In its files; transformers' class has none.
   layers = shapes['layers']
   every = f.take('no_rope_layer_interval', int, 4, 4)
   turning = [int((n + 1) % every != 0) for n in range(layers)]

@@ -24,6 +24,10 @@ HARMLESS = re.compile(
   r'|task_specific_params|problem_type|finetuning_task|output_.*|return_dict'
   r'|torchscript|gradient_checkpointing|is_llama_config|chunk_size_feed_forward'
   r'|quantization_config'
+  # Of generation, and what transformers' classes know nothing of.
+  r'|(max|min)_(sequence_)?length|model_max_length|tokenizer_model_max_length'
+  r'|do_sample|temperature|top_[kp]|repetition_penalty|num_beams'
+  r'|full_attn_mod|interpolate_factor|sliding_window_size|rope_interleaved'
 )
 
 

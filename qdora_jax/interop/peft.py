@@ -174,7 +174,9 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
     if not (directory / file).is_file():
       raise FileNotFoundError(
         f'{directory} has no {file}; expected a PEFT adapter in safetensors '
-        'form (pickled .bin adapters are not loaded)'
+        'form. A pickled one (.bin) may run code and is not loaded: where you '
+        'trust it, peft itself converts it (PeftModel.from_pretrained, then '
+        'save_pretrained)'
       )
   config = hf.read_json(directory / _CONFIG)
   supported = {

@@ -60,6 +60,13 @@ def curve(
 ) -> np.ndarray:
   """The losses of AdamW training, as `strangers.curve` reports them."""
   trained = adapter(base, method.removeprefix('q'), rank, alpha)
+  return losses_of(model, base, trained, tokens, lr)
+
+
+def losses_of(
+  model: Any, base: Any, trained: Any, tokens: np.ndarray, lr: float
+) -> np.ndarray:
+  """The losses of AdamW training that begins from an adapter."""
   optimizer = optax.adamw(lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
   squared = norms(base, trained)
 

@@ -334,6 +334,11 @@ def curve(
   four_bit = method.startswith('q')
   model = load(folder, four_bit=four_bit, double_quant=double_quant, skip=skip)
   model = adapted(model, method.removeprefix('q'), rank, alpha)
+  return losses_of(model, tokens, lr)
+
+
+def losses_of(model: nn.Module, tokens: np.ndarray, lr: float) -> np.ndarray:
+  """The losses of AdamW training of an adapted model, as `curve` tells."""
   model.train()
   trained = [p for p in model.parameters() if p.requires_grad]
   optimizer = torch.optim.AdamW(

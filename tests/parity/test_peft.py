@@ -56,6 +56,20 @@ def test_we_read_what_peft_writes(llama, method, tmp_path):
 
 
 @METHODS
+def test_we_go_on_training_what_peft_trained(llama, method, tmp_path):
+  model = theirs(llama, method)
+  with strangers.quiet():
+    model.save_pretrained(tmp_path)
+  decoder, base, *_ = load_pretrained(llama)
+  trained = load_adapter(tmp_path, base)
+  tokens = cases.tokens()[:6]
+  got = ours.losses_of(decoder, base, trained, tokens, cases.LR)
+  golden = strangers.losses_of(model, tokens, cases.LR)
+  assert golden[-1] < 0.95 * golden[0]
+  assert ours.apart(got, golden) <= 1e-4
+
+
+@METHODS
 def test_peft_reads_what_we_write(llama, method, tmp_path):
   decoder, base, *_ = load_pretrained(llama)
   adapter = ours.adapter(base, method, 4, 8.0)
