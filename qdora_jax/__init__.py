@@ -1,9 +1,11 @@
 """LoRA, DoRA, QLoRA and QDoRA fine-tuning as pure functions over Flax trees."""
 
 from qdora_jax import nf4, paths
+from qdora_jax.adapter import Adapter, init_adapter
 from qdora_jax.dora import DoraWeight
 from qdora_jax.export import export_base, export_folded, export_merged
-from qdora_jax.interop.peft import load_adapter, save_adapter
+from qdora_jax.interop.peft import save_adapter
+from qdora_jax.interop.peft_read import load_adapter
 from qdora_jax.linear import linear, materialize
 from qdora_jax.lora import LoraWeight
 from qdora_jax.nf4 import NF4Array
@@ -11,11 +13,9 @@ from qdora_jax.pretrained import load_pretrained
 from qdora_jax.serving import attach_several
 from qdora_jax.specs import AdapterSpec, QuantSpec
 from qdora_jax.transforms import (
-  Adapter,
   adapted_norms,
   attach,
   freeze,
-  init_adapter,
   merge,
   norms,
   quantize,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdora_jax import dora, paths
+from qdora_jax.adapter import Adapter
 from qdora_jax.interop import bnb, hf
 from qdora_jax.interop.hf_write import (
   Tensor,
@@ -32,7 +33,7 @@ from qdora_jax.interop.peft import save_adapter
 from qdora_jax.linear import kind, materialize, scaled
 from qdora_jax.pretrained import open_checkpoint
 from qdora_jax.specs import AdapterSpec
-from qdora_jax.transforms import Adapter, adapted_norms, attach
+from qdora_jax.transforms import adapted_norms, attach
 
 Tree = dict[str, Any]
 # As transformers cuts files.

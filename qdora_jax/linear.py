@@ -68,6 +68,16 @@ def norm(w: DoraWeight) -> jax.Array:
   return dora.norm(w, products(*rows)[0] if rows else None, dense)
 
 
+def squared_norm(w: Any) -> jax.Array:
+  """||w||^2 of a kernel per output feature, f32 [O]."""
+  return dora.squared_norm(materialize(w, jnp.float32))
+
+
+def per_layer(f: Callable[[Any], Any], w: Any) -> Any:
+  """f of each layer of a leaf in turn: one dense kernel in memory at a time."""
+  return f(w) if w.ndim == 2 else jax.lax.map(f, w)
+
+
 def materialize(w: Any, dtype: jnp.dtype | None = None) -> jax.Array:
   """The plain array [..., I, O] that a leaf stands for.
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdora_jax import nf4, paths, residual, transforms
+from qdora_jax.adapter import Adapter, init_adapter, stack_ranks
 from qdora_jax.interop import families, gguf, hf, pypi
-from qdora_jax.linear import materialize
+from qdora_jax.linear import kind, materialize
 from qdora_jax.model import Decoder, Remat
 from qdora_jax.sharding import shard
 from qdora_jax.specs import TAKEN, AdapterSpec, QuantSpec
@@ -121,7 +122,7 @@ def load_pretrained(
     packed = {
       path
       for path, leaf in paths.flatten(quantized).items()
-      if transforms.kind(leaf).startswith('nf4')
+      if kind(leaf).startswith('nf4')
     }
 
   def store(w: np.ndarray, how: str) -> Any:
@@ -173,7 +174,7 @@ def load_pretrained(
   if adapter is None:
     return out
   key = jax.random.key(0) if key is None else key
-  trained = transforms.init_adapter(
+  trained = init_adapter(
     key, params, dataclasses.replace(adapter, init='kaiming')
   )
   if taken:
@@ -193,13 +194,11 @@ def _taken(abstract: Any, spec: AdapterSpec | None) -> set[str]:
   # Refuses ranks and targets that do not fit before anything is read.
   plain = dataclasses.replace(spec, init='kaiming')
   key = jax.random.key(0)
-  nodes = jax.eval_shape(
-    lambda base: transforms.init_adapter(key, base, plain), abstract
-  )
+  nodes = jax.eval_shape(lambda base: init_adapter(key, base, plain), abstract)
   return {
     name
     for node in paths.flatten(nodes).values()
-    if isinstance(node, transforms.Adapter)
+    if isinstance(node, Adapter)
     for name, rank in zip(node.names, node.ranks, strict=True)
     if rank
   }
@@ -211,11 +210,11 @@ def _with_pairs(
   """A fresh adapter with these A and B; magnitudes are ||base + s A B||."""
   flat = paths.flatten(fresh)
   for path, node in flat.items():
-    if not isinstance(node, transforms.Adapter):
+    if not isinstance(node, Adapter):
       continue
     i, o = node.lora_a.shape[-2], node.lora_b.shape[-1]
     none = jnp.zeros((i, 0)), jnp.zeros((0, o))
-    a, b = transforms.stack_ranks(
+    a, b = stack_ranks(
       [pairs[name] if name in pairs else none for name in node.names]
     )
     flat[path] = node.replace(
@@ -228,7 +227,7 @@ def _with_pairs(
     return made
   norms = paths.flatten(jax.jit(transforms.adapted_norms)(base, made))
   for path, node in flat.items():
-    if isinstance(node, transforms.Adapter):
+    if isinstance(node, Adapter):
       flat[path] = node.replace(magnitude=norms[f'{path}/norm'])
   return paths.unflatten(flat)
 

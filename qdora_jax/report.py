@@ -11,10 +11,11 @@ import matplotlib.figure
 import numpy as np
 
 from qdora_jax import paths
+from qdora_jax.adapter import Adapter
 from qdora_jax.evaluate import Score
 from qdora_jax.linear import kind
 from qdora_jax.specs import QuantSpec
-from qdora_jax.transforms import Adapter, unquantized
+from qdora_jax.transforms import unquantized
 
 
 def nbytes(tree: Any) -> int:

@@ -17,13 +17,15 @@ import numpy as np
 import tqdm
 
 from qdora_jax import chat, data, evaluate, folder, optim, paths, train
+from qdora_jax.adapter import Adapter, init_adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.config import RunConfig
 from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
 from qdora_jax.export import export_base, export_folded, export_merged
 from qdora_jax.generate import generate
-from qdora_jax.interop.peft import load_adapter, save_adapter
+from qdora_jax.interop.peft import save_adapter
+from qdora_jax.interop.peft_read import load_adapter
 from qdora_jax.linear import kind
 from qdora_jax.model import Decoder
 from qdora_jax.pretrained import (
@@ -34,7 +36,7 @@ from qdora_jax.pretrained import (
 from qdora_jax.rows import Row
 from qdora_jax.sharding import make_mesh, shard_batch
 from qdora_jax.specs import TAKEN, AdapterSpec
-from qdora_jax.transforms import Adapter, freeze, init_adapter
+from qdora_jax.transforms import freeze
 
 Tree = dict[str, Any]
 FORMATS = ('peft', 'merged', 'folded', 'base')

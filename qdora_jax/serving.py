@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdora_jax import dora, paths
+from qdora_jax.adapter import Adapter
 from qdora_jax.several import SeveralWeight
-from qdora_jax.transforms import Adapter, freeze
+from qdora_jax.transforms import freeze
 
 Tree = dict[str, Any]
 

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import optax
 
 from qdora_jax import optim
+from qdora_jax.adapter import Adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.data import Batch
 from qdora_jax.metrics import Log, Progress, peak_memory
 from qdora_jax.model import Decoder
 from qdora_jax.sharding import BATCH, shard, shard_batch, shardings
-from qdora_jax.transforms import Adapter, adapted_norms, attach, norms
+from qdora_jax.transforms import adapted_norms, attach, norms
 
 Tree = dict[str, Any]
 Callback = Callable[[int, dict[str, Any], Tree], Mapping[str, Any] | None]

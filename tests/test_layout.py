@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'qdora_jax'
 FLOORS = {
   0: ('nf4', 'lora', 'dora', 'residual', 'several', 'vera', 'linear'),
-  1: ('paths', 'specs', 'transforms', 'serving', 'sharding'),
+  1: ('paths', 'specs', 'adapter', 'transforms', 'serving', 'sharding'),
   2: ('attention', 'rope', 'model', 'linen', 'pretrained', 'interop', 'export'),
   3: ('config', 'rows', 'chat', 'data', 'optim', 'checkpoint', 'metrics'),
   # Evaluation is used by the training story, so it stands on its floor.

