@@ -179,8 +179,12 @@ def fold(base: Tree, adapter: Tree) -> tuple[Tree, Tree]:
 
 def _plain(spec: AdapterSpec) -> AdapterSpec:
   """The LoRA that is left; its base is written beside it, whatever init did."""
-  alpha = float(spec.rank) if spec.shared else spec.alpha
-  return dataclasses.replace(spec, method='lora', init='kaiming', alpha=alpha)
+  spec = dataclasses.replace(spec, init='kaiming')
+  if spec.shared:
+    # Its vectors are all the scale there is: alpha / rank is 1.
+    options = {'alpha': float(spec.rank), 'alpha_pattern': {}, 'rslora': False}
+    spec = dataclasses.replace(spec, **options)
+  return dataclasses.replace(spec, method='lora')
 
 
 _norms = jax.jit(adapted_norms)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdora_jax.attention import NOWHERE
+from qdora_jax.linear import by_row
 from qdora_jax.model import Decoder, init_cache
 
 
@@ -56,6 +57,8 @@ def generate(
   alike = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
   # Lengths in eights, here and below, so that few shapes are compiled.
   shared = sum(1 for _ in alike) // 8 * 8
+  if by_row(params):
+    shared = 0  # Each row's adapter makes keys and values of its own.
   rest = [list(p[shared:]) for p in prompts]
   width = -(-max(map(len, rest)) // 8) * 8
   tokens = np.zeros((len(rest), width), np.int32)

@@ -78,6 +78,16 @@ def per_layer(f: Callable[[Any], Any], w: Any) -> Any:
   return f(w) if w.ndim == 2 else jax.lax.map(f, w)
 
 
+def by_row(params: Any) -> bool:
+  """Whether rows of a batch go through different weights of this tree."""
+
+  def several_here(leaf: Any) -> bool:
+    return isinstance(leaf, SeveralWeight)
+
+  leaves = jax.tree.leaves(params, is_leaf=several_here)
+  return any(map(several_here, leaves))
+
+
 def materialize(w: Any, dtype: jnp.dtype | None = None) -> jax.Array:
   """The plain array [..., I, O] that a leaf stands for.
 

@@ -30,6 +30,10 @@ _NEED_MORE = ('lbfgs', 'sophia', 'dpsgd')
 _NEED_MORE += ('schedule_free_adamw', 'schedule_free_sgd')
 
 
+# They take an Adapter's empty fields for parameters.
+_NO_EMPTY = ('galore',)
+
+
 def schedule(optim: OptimSection, steps: int) -> optax.Schedule:
   """Learning rate by step: linear warm-up, then constant or down to zero."""
   rest = max(1, steps - optim.warmup_steps)
@@ -106,6 +110,8 @@ def make_optimizer(
       nearest; at `init`, for a rule that matches nothing.
   """
   optimizer = _named(name)(rate, **_keywords(name, weight_decay, options or {}))
+  if name in _NO_EMPTY:
+    optimizer = _flat(optimizer)
   if clip:
     optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
   if not lr_scale:
@@ -127,6 +133,27 @@ def make_optimizer(
     return by_name.init(tree)
 
   return optax.GradientTransformationExtraArgs(init, by_name.update)
+
+
+def _flat(
+  optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """The optimizer on {name: array}, without a tree's empty places."""
+
+  def named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {paths.of(path): leaf for path, leaf in leaves}
+
+  def update(updates: Any, state: Any, params: Any = None) -> Any:
+    own = None if params is None else named(params)
+    new, state = optimizer.update(named(updates), state, own)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: new[paths.of(path)], updates
+    ), state
+
+  return optax.GradientTransformation(
+    lambda tree: optimizer.init(named(tree)), update
+  )
 
 
 Rules = tuple[tuple[str, float], ...]

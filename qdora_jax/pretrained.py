@@ -150,6 +150,8 @@ def load_pretrained(
     base, *pairs[name] = residual.split(w, adapter.init, rank, scale, both)
     return base
 
+  if adapter is not None and adapter.init == 'loftq':
+    _check_loftq(abstract, adapter, packed)
   # A and B of the kernels that they are taken out of.
   pairs: dict[str, Any] = {}
   taken = _taken(abstract, adapter)
@@ -174,9 +176,9 @@ def load_pretrained(
   if adapter is None:
     return out
   key = jax.random.key(0) if key is None else key
-  trained = init_adapter(
-    key, params, dataclasses.replace(adapter, init='kaiming')
-  )
+  # Where A and B were taken out of the weights, this start is written over.
+  plain = dataclasses.replace(adapter, init='kaiming') if taken else adapter
+  trained = init_adapter(key, params, plain)
   if taken:
     trained = _with_pairs(params, trained, adapter, pairs)
   return (*out, trained if mesh is None else shard(trained, mesh))
@@ -202,6 +204,18 @@ def _taken(abstract: Any, spec: AdapterSpec | None) -> set[str]:
     for name, rank in zip(node.names, node.ranks, strict=True)
     if rank
   }
+
+
+def _check_loftq(abstract: Any, spec: AdapterSpec, packed: set[str]) -> None:
+  """LoftQ starts from what quantizing loses: elsewhere A and B were zero."""
+  targets = paths.select(abstract, spec.targets, 'adapter.targets')
+  for path in targets:
+    if path not in packed:
+      raise ValueError(
+        f"init='loftq' starts from what quantizing loses, and {path} is not "
+        'quantized: its A and B would be zero and stay so. Expected '
+        "init='pissa' or 'kaiming', or targets that are quantized"
+      )
 
 
 def _with_pairs(

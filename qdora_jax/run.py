@@ -345,7 +345,7 @@ def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
 def _loaded(path: str, base: Tree, fresh: Tree, spec: AdapterSpec) -> Tree:
   """A PEFT adapter in a fresh one's place; it must be what the config says."""
   found = paths.flatten(load_adapter(path, base))
-  theirs = next(iter(found.values())).spec
+  theirs = next(n for n in found.values() if isinstance(n, Adapter)).spec
   for key in ('method', 'rank', 'alpha', 'rslora'):
     have, want = getattr(theirs, key), getattr(spec, key)
     if have != want:
@@ -364,7 +364,18 @@ def _loaded(path: str, base: Tree, fresh: Tree, spec: AdapterSpec) -> Tree:
         'config.adapter.targets, rank_pattern and alpha_pattern to what it was '
         'trained with'
       )
-  mine = {p: node.replace(spec=spec) for p, node in found.items()}
+  beside = {p for p, n in found.items() if not isinstance(n, Adapter)}
+  flat = paths.flatten(fresh)
+  asked = {p for p, n in flat.items() if not isinstance(n, Adapter)}
+  if beside != asked:
+    raise ValueError(
+      f'config.adapter.path={path!r} holds {sorted(beside) or "nothing"} '
+      f'trained in full, config.adapter.trainable={spec.trainable!r} asks for '
+      f'{sorted(asked) or "nothing"}; set it to what it was trained with'
+    )
+  mine = {
+    p: n if p in beside else n.replace(spec=spec) for p, n in found.items()
+  }
   return paths.unflatten({**paths.flatten(fresh), **mine})
 
 

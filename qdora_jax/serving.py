@@ -40,8 +40,9 @@ def attach_several(base: Tree, adapters: Sequence[Tree], rows: Any) -> Tree:
     >>> params = attach_several(base, [maths, poems], jnp.array([0, 1, 1]))
     >>> logits = model.apply({'params': params}, tokens_3xL)
   """
-  rows = np.asarray(rows, np.int32)
-  if rows.ndim != 1 or rows.min() < 0 or rows.max() >= len(adapters):
+  rows = np.asarray(rows)
+  fits = rows.ndim == 1 and rows.size and np.issubdtype(rows.dtype, np.integer)
+  if not fits or rows.min() < 0 or rows.max() >= len(adapters):
     raise ValueError(
       f'rows={rows.tolist()}: expected one of 0 to {len(adapters) - 1} for '
       'each row of the batch'

@@ -56,6 +56,11 @@ def apply(
     w: one layer's leaf.
     products: `products(x)` gives (x W,) in float32.
   """
+  if x_BxLxI.shape[0] != w.rows.shape[-1]:
+    raise ValueError(
+      f'a batch of {x_BxLxI.shape[0]} rows meets adapters for '
+      f'{w.rows.shape[-1]}: expected one for each'
+    )
   dtype = x_BxLxI.dtype
   (y_BxLxO,) = products(x_BxLxI)
   a_BxIxR, b_BxRxO = w.lora_a[w.rows], w.lora_b[w.rows]

@@ -137,9 +137,16 @@ def test_fp4_is_refused(stored, tmp_path):
     write(tmp_path, tensors)
 
 
+def test_no_quantization_is_said_with_null(stored, tmp_path):
+  checkpoint = write(tmp_path, stored)
+  (tmp_path / 'config.json').write_text('{"quantization_config": null}')
+  assert hf.HFCheckpoint(tmp_path).shapes == checkpoint.shapes
+
+
 @pytest.mark.parametrize(
   'config, words',
   [
+    ([4], 'quantization_config=.*expected'),
     ({'quant_method': 'gptq', 'bits': 4}, "quant_method 'gptq'"),
     ({'quant_method': 'bitsandbytes', 'load_in_8bit': True}, 'load_in_4bit'),
     ({}, 'quant_method None'),

@@ -136,6 +136,9 @@ def config_of(name, **changes):
     ('gemma3', {'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping'),
     ('smollm3', {'no_rope_layers': [1, 0]}, r'no_rope_layers=\[1, 0\]'),
     ('granite', {'embedding_multiplier': 'x'}, 'expected a number'),
+    ('granite', {'logits_scaling': 0}, 'logits_scaling=0: .* above 0'),
+    ('gemma2', {'query_pre_attn_scalar': -4}, 'above 0'),
+    ('gemma2', {'final_logit_softcapping': 0.0}, 'above 0'),
     ('granite', {'logits_scaling': float('nan')}, 'expected a number'),
   ],
 )

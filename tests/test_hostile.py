@@ -263,6 +263,8 @@ def test_json_that_is_too_much(tmp_path, monkeypatch):
     {'rope_scaling': {'rope_type': 'yarn', 'factor': 0}},
     {'rope_scaling': {'rope_type': 'linear', 'factor': float('nan')}},
     {'model_type': ['llama']},
+    {'rope_theta': 10**400},
+    {'vocab_size': 10**30},
   ],
 )
 def test_absurd_settings(changes):

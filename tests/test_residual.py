@@ -150,8 +150,8 @@ def test_init_adapter_does_not_change_a_base():
 def test_nothing_is_taken_out_of_stored_codes(source, tmp_path):
   _, base, _ = load_pretrained(source, QuantSpec())
   export_base(tmp_path / 'out', base, source)
-  spec = AdapterSpec(rank=4, init='loftq')
-  with pytest.raises(ValueError, match="in 4 bits: init='loftq' takes"):
+  spec = AdapterSpec(rank=4, init='pissa')
+  with pytest.raises(ValueError, match="in 4 bits: init='pissa' takes"):
     load_pretrained(tmp_path / 'out', None, spec)
 
 
@@ -170,6 +170,20 @@ def test_a_fresh_start_changes_nothing(init):
   }
   assert float(a.std()) == pytest.approx(want[init], rel=0.05)
   assert (float(b.std()) > 0) == (init == 'orthogonal')
+
+
+def test_a_fresh_start_while_loading(source):
+  spec = AdapterSpec('lora', rank=4, init='orthogonal')
+  *_, adapter = load_pretrained(source, None, spec)
+  node = paths.flatten(adapter)['layers/attn/q/kernel']
+  assert node.spec == spec
+  assert float(jnp.abs(node.lora_b).max()) > 0
+
+
+def test_loftq_needs_what_quantizing_loses(source):
+  spec = AdapterSpec('lora', rank=4, init='loftq')
+  with pytest.raises(ValueError, match=r"init='loftq' starts .*attn/k/kernel"):
+    load_pretrained(source, None, spec)
 
 
 def test_an_odd_rank_is_not_orthogonal():

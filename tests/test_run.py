@@ -243,6 +243,11 @@ def test_norms_and_head_train_beside_an_adapter(train, tmp_path):
   flat = paths.flatten(loaded.trained)
   assert {'final_norm/scale', 'layers/attn_norm/scale'} < flat.keys()
   assert np.abs(flat['final_norm/scale'] - 1).max() > 0
+  # It goes on from there; what is trained must be what was.
+  more = {'adapter.path': str(tmp_path / 'run' / 'adapter')}
+  with pytest.raises(ValueError, match=r'final_norm/scale.* trained in full'):
+    train('without', **more)
+  train('more', **more, **{'adapter.trainable': '.*norm/scale'})
 
 
 @pytest.mark.slow

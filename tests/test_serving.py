@@ -50,7 +50,8 @@ def test_each_row_goes_through_its_adapter(several):
 
 def test_each_row_is_generated_by_its_adapter(several):
   model, base, adapters = several
-  prompts = [[5, 9, 30], [7], [8, 8, 4, 60]]
+  # As those of a chat template, they begin alike.
+  prompts = [[5] * 9 + [9, 30], [5] * 9, [5] * 9 + [4, 60]]
   rows = [1, 0, 2]
   got = generate(
     model, attach_several(base, adapters, rows), prompts, 5, stop=[]
@@ -86,11 +87,18 @@ def test_they_are_saved_and_found_again(several, tmp_path):
   np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize('rows', [[0, 4], [-1], 1])
+@pytest.mark.parametrize('rows', [[0, 4], [-1], 1, [], [0.5]])
 def test_a_row_names_an_adapter(several, rows):
   _, base, adapters = several
   with pytest.raises(ValueError, match='expected one of 0 to 3 for each row'):
     attach_several(base, adapters, rows)
+
+
+def test_a_batch_of_another_size_is_refused(several):
+  model, base, adapters = several
+  params = attach_several(base, adapters, [0, 1])
+  with pytest.raises(ValueError, match='batch of 3 rows meets adapters for 2'):
+    model.apply({'params': params}, jnp.ones((3, 4), jnp.int32))
 
 
 def test_what_is_trained_in_full_cannot_differ_by_row(several):

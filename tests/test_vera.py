@@ -23,6 +23,7 @@ from qdora_jax import (
   save_adapter,
   vera,
 )
+from qdora_jax.export import fold
 
 TOKENS = np.arange(3, 19, dtype=np.int32).reshape(2, 8)
 Q = 'layers/attn/q/kernel'
@@ -128,6 +129,16 @@ def test_for_others_it_is_a_lora(made, tmp_path):
   export_folded(tmp_path / 'out', base, after, source)
   _, folded, _ = load_pretrained(tmp_path / 'out' / 'model', remat='none')
   plain = load_adapter(tmp_path / 'out' / 'adapter', folded)
+  got = ours.logits(model, attach(folded, plain), TOKENS)
+  want = ours.logits(model, attach(base, after), TOKENS)
+  assert ours.relative(got, want) <= 1e-5
+
+
+def test_folded_it_has_no_scale_of_its_own():
+  model, base, _ = tiny.loaded(quant=QuantSpec())
+  spec = AdapterSpec('vera', rank=16, rslora=True, alpha_pattern={'.*': 64.0})
+  after = moved(init_adapter(jax.random.key(0), base, spec))
+  folded, plain = fold(base, after)
   got = ours.logits(model, attach(folded, plain), TOKENS)
   want = ours.logits(model, attach(base, after), TOKENS)
   assert ours.relative(got, want) <= 1e-5

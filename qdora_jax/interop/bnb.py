@@ -220,6 +220,10 @@ def config(double_quant: bool, dtype: str) -> dict[str, Any]:
 
 def check_config(values: Any, where: str) -> None:
   """Raises ValueError for a quantization other than bitsandbytes' 4 bits."""
+  if not isinstance(values, dict):
+    raise ValueError(
+      f'{where}: quantization_config={str(values)[:60]!r}: expected {{...}}'
+    )
   method = values['quant_method'] if 'quant_method' in values else None
   four = 'load_in_4bit' in values and values['load_in_4bit']
   if method == 'bitsandbytes' and four:

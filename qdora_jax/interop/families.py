@@ -185,7 +185,7 @@ def _gemma(f: Fields) -> dict[str, Any]:
   )
   # An older name, which transformers passes over.
   f.read.add('hidden_act')
-  scalar = f.take('query_pre_attn_scalar', float, 256)
+  scalar = f.above_zero('query_pre_attn_scalar', 256)
   f.must('use_bidirectional_attention', None, False)
   return {
     **shapes,
@@ -210,8 +210,8 @@ def _gemma2(f: Fields) -> ModelConfig:
   return ModelConfig(
     **shared,
     kinds=tuple(LayerKind(turn, w) for w in windows),
-    attn_softcap=f.take('attn_logit_softcapping', float, 50.0),
-    logits_softcap=f.take('final_logit_softcapping', float, 30.0),
+    attn_softcap=f.above_zero('attn_logit_softcapping', 50.0),
+    logits_softcap=f.above_zero('final_logit_softcapping', 30.0),
   )
 
 
@@ -248,7 +248,7 @@ def _gemma3(f: Fields) -> ModelConfig:
     **shared,
     kinds=tuple(LayerKind(near if w else far, w) for w in windows),
     qk_norm='head',
-    logits_softcap=f.take('final_logit_softcapping', float, None),
+    logits_softcap=f.above_zero('final_logit_softcapping', None),
   )
 
 
@@ -294,7 +294,7 @@ def _smollm3(f: Fields) -> ModelConfig:
   windows = _windows(f, layers, types, window)
   if not on:
     windows = [None] * layers
-  turn = rope_of(f, shapes['head_dim'])
+  turn = rope_of(f, shapes['head_dim'], 2e6)
   still = rope.still(shapes['head_dim'])
   kinds = zip(turning, windows, strict=True)
   return ModelConfig(
@@ -314,7 +314,7 @@ def _granite(f: Fields) -> ModelConfig:
     embed_scale=f.take('embedding_multiplier', float, 1.0),
     attn_scale=f.take('attention_multiplier', float, 1.0),
     residual_scale=f.take('residual_multiplier', float, 1.0),
-    logits_scale=1 / f.take('logits_scaling', float, 1.0),
+    logits_scale=1 / f.above_zero('logits_scaling', 1.0),
   )
 
 

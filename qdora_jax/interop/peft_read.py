@@ -59,6 +59,10 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
     # The others (PiSSA, OLoRA, LoftQ) belong to a base that they changed.
     'init_lora_weights': (True, False, 'gaussian', 'orthogonal', 'eva'),
   }
+  # Variants of LoRA that compute something else: unset, or not read.
+  unset = ('alora_invocation_tokens', 'use_qalora', 'use_bdlora', 'kasa_config')
+  unset += ('arrow_config', 'layer_replication', 'lora_bias', 'velora_config')
+  supported |= dict.fromkeys(unset, (None, False, [], {}))
   for option, values in supported.items():
     if option in config and config[option] not in values:
       raise ValueError(
