@@ -11,9 +11,9 @@ import jax
 from qdora_jax.chat import CHAT, Format, question_ids
 from qdora_jax.data import Batch
 from qdora_jax.generate import generate
+from qdora_jax.loss import summed_loss
 from qdora_jax.model import Decoder
 from qdora_jax.rows import Row
-from qdora_jax.train import summed_loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,18 +24,32 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from qdora_jax.attention import NOWHERE, attention, visible
 from qdora_jax.linear import PRODUCT, linear
 from qdora_jax.rope import Rope, angles, rotate
 
-Remat = Literal['none', 'dots', 'block']
+Remat = Literal['none', 'dots', 'block', 'offload']
 Activation = Literal['silu', 'gelu', 'gelu_tanh']
 
 _ACTIVATIONS = {
   'silu': nn.silu,
   'gelu': functools.partial(nn.gelu, approximate=False),
   'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+}
+
+# What the backward pass finds of a layer, beside its parameters.
+_BLOCK_INPUT = 'block_input'
+_POLICIES = {
+  'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
+  'block': None,
+  'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_BLOCK_INPUT],
+    offload_src='device',
+    offload_dst='pinned_host',
+  ),
 }
 
 
@@ -209,6 +223,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BxLxD, turns, masks, kind, cache):
     c = self.config
+    x_BxLxD = checkpoint_name(x_BxLxD, _BLOCK_INPUT)
     turn, mask = (a[0] if kind is None else a[kind] for a in (turns, masks))
 
     def norm(y: jax.Array, name: str, where: str) -> jax.Array:
@@ -235,7 +250,8 @@ class Decoder(nn.Module):
     config: shapes and constants.
     dtype: compute dtype of activations and products; logits are float32.
     remat: what the backward pass finds of a layer: 'none' keeps everything,
-      'dots' the products with the base, 'block' the layer's input alone.
+      'dots' the products with the base, 'block' the layer's input alone,
+      'offload' the same, waiting in the host's memory.
   """
 
   config: ModelConfig
@@ -247,8 +263,7 @@ class Decoder(nn.Module):
     self.embed = nn.Embed(c.vocab, c.width, name='embed')
     block = Block
     if self.remat != 'none':
-      keep = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-      policy = keep if self.remat == 'dots' else None
+      policy = _POLICIES[self.remat]
       block = nn.remat(Block, prevent_cse=False, policy=policy)
     self.layers = nn.scan(
       block,

@@ -1,4 +1,4 @@
-"""The training loop: a loss, a step, and `fit`, which repeats it.
+"""The training loop: a step, and `fit`, which repeats it.
 
 Nothing here knows of configs or run folders (`run.py` does): `fit` takes plain
 values, any iterable of batches, and callbacks.
@@ -20,6 +20,7 @@ from qdora_jax import optim
 from qdora_jax.adapter import Adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.data import Batch
+from qdora_jax.loss import summed_loss
 from qdora_jax.metrics import Log, Progress, peak_memory
 from qdora_jax.model import Decoder
 from qdora_jax.sharding import BATCH, shard, shard_batch, shardings
@@ -27,27 +28,6 @@ from qdora_jax.transforms import adapted_norms, attach, norms
 
 Tree = dict[str, Any]
 Callback = Callable[[int, dict[str, Any], Tree], Mapping[str, Any] | None]
-
-
-def summed_loss(model: Decoder, params: Tree, batch: Batch) -> jax.Array:
-  """Cross-entropy of a batch's learned tokens, summed, in nats.
-
-  Logits are made where a learned token is predicted and nowhere else.
-  """
-  variables = {'params': params}
-  hidden, _ = model.apply(
-    variables,
-    batch['tokens'],
-    batch['positions'],
-    batch['segments'],
-    method='hidden',
-  )
-  hidden = jnp.take_along_axis(hidden, batch['loss_at'][..., None], axis=1)
-  logits = model.apply(variables, hidden, method='unembed')
-  each = optax.softmax_cross_entropy_with_integer_labels(
-    logits, batch['labels']
-  )
-  return jnp.sum(each * batch['weights'])
 
 
 def make_step(

@@ -10,9 +10,10 @@ import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import chat, data, train
+from qdora_jax import chat, data
 from qdora_jax.chat import Example
 from qdora_jax.data import Batches
+from qdora_jax.loss import summed_loss
 
 
 def section(**overrides):
@@ -281,9 +282,7 @@ def test_packed_examples_cannot_see_each_other():
   packed = next(Batches(some, 1, 64, packing=True).once())
   assert packed['segments'].max() == 4
   alone = next(Batches(some, 4).once())
-  gradient = jax.jit(
-    jax.value_and_grad(lambda p, b: train.summed_loss(model, p, b))
-  )
+  gradient = jax.jit(jax.value_and_grad(lambda p, b: summed_loss(model, p, b)))
   (one, ones), (four, fours) = (
     gradient(params, batch) for batch in (packed, alone)
   )
@@ -309,7 +308,7 @@ def test_no_gradient_reaches_another_packed_example():
       'weights': batch['weights'] * of_one[None],
     }
     embedding = jnp.concatenate([places, table[length:]])
-    return train.summed_loss(
+    return summed_loss(
       model, params | {'embed': {'embedding': embedding}}, part
     )
 

@@ -1,5 +1,6 @@
 """The decoder: caches, padding, packing, remat and dtypes change nothing."""
 
+import collections
 import dataclasses
 import functools
 
@@ -134,7 +135,7 @@ def test_remat_changes_neither_loss_nor_gradients(qdora):
     return jax.jit(jax.value_and_grad(lambda a: f(attach(base, a))))(adapter)
 
   value, grads = value_and_grad('none')
-  for remat in ('dots', 'block'):
+  for remat in ('dots', 'block', 'offload'):
     other, others = value_and_grad(remat)
     np.testing.assert_allclose(other, value, rtol=1e-6)
     for a, b in zip(
@@ -153,6 +154,26 @@ def test_remat_keeps_less_for_the_backward_pass():
     return sum(a.size for a in jax.tree.leaves(pull))
 
   assert kept('none') > 1.05 * kept('dots') > 1.05**2 * kept('block')
+
+
+def test_offloaded_block_inputs_wait_in_the_hosts_memory():
+  """Of the forward pass the backward one gets them from there, and no more."""
+  model, params, _ = tiny.loaded()
+  ids = tokens(3, 2, 8)
+
+  def kept(remat):
+    """(what stays on the device, what goes to the host), in numbers."""
+    f = objective(model.clone(remat=remat))
+    pull = jax.make_jaxpr(lambda p: jax.vjp(f, p)[1])(params)
+    spaces = collections.Counter()
+    for aval in pull.out_avals:
+      spaces[aval.memory_space] += aval.size
+    return spaces[jax.memory.Space.Device], spaces[jax.memory.Space.Host]
+
+  block, offload = kept('block'), kept('offload')
+  inputs = model.config.layers * ids.size * model.config.width
+  assert block[1] == 0
+  assert offload == (block[0] - inputs, inputs)
 
 
 def test_bfloat16_products_give_float32_logits(qdora):

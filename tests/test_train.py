@@ -20,6 +20,7 @@ from qdora_jax import (
   train,
 )
 from qdora_jax.data import Batches
+from qdora_jax.loss import summed_loss
 
 # Two kernels keep compiling short: a square one and a wide one.
 TARGETS = r'.*/(q|down)/kernel'
@@ -67,7 +68,7 @@ def test_the_loss_is_the_sum_over_learned_tokens():
   model, params, _ = tiny.loaded()
   batch = batch_of()
   total = batch['weights'].sum()
-  got = jax.jit(lambda p, b: train.summed_loss(model, p, b))(params, batch)
+  got = jax.jit(lambda p, b: summed_loss(model, p, b))(params, batch)
   logits = jax.jit(lambda p, t: model.apply({'params': p}, t))(
     params, batch['tokens']
   )

@@ -14,7 +14,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Of products and activations; adapter and optimizer are float32 always.
   config.model.dtype = 'float32'
   # What the backward pass finds: 'none' keeps everything, 'dots' the results of
-  # products, 'block' the layers' inputs alone.
+  # products, 'block' the layers' inputs alone, 'offload' these in the host's
+  # memory.
   config.model.remat = 'block'
 
   # Without convert_dict, what is written {...} stays an ordinary dict, and its

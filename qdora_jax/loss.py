@@ -1,0 +1,121 @@
+"""The loss: cross-entropy of learned tokens, logits a chunk at a time.
+
+Logits are the largest array of a step: 1,024 tokens of a vocabulary of 128,256
+are 525 MB in float32, and so is their gradient. Here they exist for CHUNK
+tokens at once, and not for the backward pass at all: while a chunk's logits are
+there, the gradient of its hidden states,
+
+  d loss / d hidden = ((softmax(logits) - onehot(label)) * weight) through head
+
+is made, too, and kept in their place: D numbers a token for V. (Recomputing
+the logits in the backward pass instead, as rematerialization would, costs the
+head's product once more.) What of the head is trained gets its gradient summed
+over the chunks; what is frozen gets none.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.custom_derivatives import SymbolicZero
+
+from qdora_jax.data import Batch
+from qdora_jax.model import Decoder
+
+# Tokens: a product with the head is efficient from a few hundred.
+CHUNK = 1024
+
+Tree = dict[str, Any]
+
+
+def summed_loss(
+  model: Decoder, params: Tree, batch: Batch, chunk: int = CHUNK
+) -> jax.Array:
+  """Cross-entropy of a batch's learned tokens, summed, in nats.
+
+  Logits are made where a learned token is predicted and nowhere else.
+
+  Args:
+    model: the decoder.
+    params: its tree, as `attach` gives it.
+    batch: see `data`.
+    chunk: tokens whose logits exist at once, over all devices; one of every row
+      at least.
+  """
+  variables = {'params': params}
+  hidden, _ = model.apply(
+    variables,
+    batch['tokens'],
+    batch['positions'],
+    batch['segments'],
+    method='hidden',
+  )
+  hidden = jnp.take_along_axis(hidden, batch['loss_at'][..., None], axis=1)
+  head = {k: params[k] for k in ('embed', 'lm_head') if k in params}
+  if not model.config.tied:
+    del head['embed']
+  rows, learned = batch['labels'].shape
+  count = -(-learned // max(1, chunk // rows))
+  parts = (hidden, batch['labels'], batch['weights'])
+  parts = jax.tree.map(lambda a: _chunks(a, count), parts)
+  return _in_chunks(model, head, *parts)
+
+
+def _chunks(array_BxC: jax.Array, count: int) -> jax.Array:
+  """[B, C, ...] as [count, B, ceil(C / count), ...], filled up with zeros."""
+  rows, learned, *rest = array_BxC.shape
+  each = -(-learned // max(1, count))
+  fill = [(0, 0)] * array_BxC.ndim
+  fill[1] = (0, count * each - learned)
+  parts = jnp.pad(array_BxC, fill).reshape(rows, count, each, *rest)
+  return parts.swapaxes(0, 1)
+
+
+def _chunk_loss(model, head, hidden_BxCxD, labels_BxC, weights_BxC):
+  logits = model.apply({'params': head}, hidden_BxCxD, method='unembed')
+  each = optax.softmax_cross_entropy_with_integer_labels(logits, labels_BxC)
+  return jnp.sum(each * weights_BxC)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(model, head, hidden_NxBxCxD, labels_NxBxC, weights_NxBxC):
+  """The sum over N chunks of their losses."""
+
+  def add(sum_, chunk):
+    return sum_ + _chunk_loss(model, head, *chunk), None
+
+  chunks = (hidden_NxBxCxD, labels_NxBxC, weights_NxBxC)
+  return jax.lax.scan(add, jnp.float32(0), chunks)[0]
+
+
+def _in_chunks_forward(model, head, hidden, labels, weights):
+  leaves, tree = jax.tree.flatten(head)
+  values = [leaf.value for leaf in leaves]
+  # Packed codes and a frozen head have no gradient to be made.
+  moving = {n: v.value for n, v in enumerate(leaves) if v.perturbed}
+
+  def loss(moving, hidden, labels, weights):
+    mixed = [moving[n] if n in moving else v for n, v in enumerate(values)]
+    return _chunk_loss(model, tree.unflatten(mixed), hidden, labels, weights)
+
+  def add(sums, chunk):
+    value, (d_head, d_hidden) = jax.value_and_grad(loss, (0, 1))(moving, *chunk)
+    return jax.tree.map(jnp.add, sums, (value, d_head)), d_hidden
+
+  zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, moving))
+  chunks = (hidden.value, labels.value, weights.value)
+  (value, d_head), d_hidden = jax.lax.scan(add, zero, chunks)
+  whole = [d_head[n] if n in moving else None for n in range(len(leaves))]
+  return value, (tree.unflatten(whole), d_hidden)
+
+
+def _in_chunks_backward(model, residuals, cotangent):
+  if isinstance(cotangent, SymbolicZero):
+    return None, None, None, None
+  scaled = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), residuals)
+  return (*scaled, None, None)
+
+
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward, symbolic_zeros=True)

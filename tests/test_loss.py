@@ -1,0 +1,195 @@
+"""The chunked loss: the plain one's value and gradients, logits never whole."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from tiny import quick_compiles  # noqa: F401
+
+from qdora_jax import (
+  AdapterSpec,
+  QuantSpec,
+  attach,
+  init_adapter,
+  quantize,
+  sharding,
+)
+from qdora_jax.loss import summed_loss
+from qdora_jax.model import Decoder
+
+HEAD = r'lm_head/kernel'
+
+
+def batch_of(rows=4, length=32, seed=0):
+  """Random tokens; the first few of each row are not learned."""
+  draw = np.random.RandomState(seed)
+  tokens = draw.randint(3, 256, (rows, length)).astype(np.int32)
+  places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+  weights = np.ones((rows, length - 1), np.float32)
+  for row in range(rows):
+    weights[row, : 3 * row] = 0
+  return {
+    'tokens': tokens,
+    'positions': places,
+    'segments': np.ones_like(tokens),
+    'loss_at': places[:, :-1],
+    'labels': tokens[:, 1:],
+    'weights': weights,
+  }
+
+
+def plain_loss(model, params, batch):
+  """All logits at once, differentiated by JAX."""
+  logits = model.apply(
+    {'params': params}, batch['tokens'], batch['positions'], batch['segments']
+  )
+  each = optax.softmax_cross_entropy_with_integer_labels(
+    logits[:, :-1], batch['labels']
+  )
+  return jnp.sum(each * batch['weights'])
+
+
+def trained_parts(name):
+  """(model, base, trained): what of the head is trained, and how."""
+  model, params, _ = tiny.loaded(tied='tied' in name)
+  if name.startswith('all'):
+    return model, {}, params
+  options = {'targets': r'.*/q/kernel', 'rank': 4}
+  if name == 'head beside an adapter':
+    options['trainable'] = HEAD
+  elif name == 'embedding beside an adapter, tied':
+    options['trainable'] = r'embed/embedding'
+  elif name == 'qdora on the head':
+    params = quantize(params, QuantSpec(targets=rf'.*/q/kernel|{HEAD}'))
+    options['targets'] = rf'.*/q/kernel|{HEAD}'
+  adapter = init_adapter(jax.random.key(0), params, AdapterSpec(**options))
+  return model, params, tiny.perturbed(adapter)
+
+
+CASES = (
+  'all, tied',
+  'all, own head',
+  'adapter alone, tied',
+  'adapter alone, own head',
+  'head beside an adapter',
+  'embedding beside an adapter, tied',
+  'qdora on the head',
+)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_value_and_gradients_are_the_plain_ones(name):
+  model, base, trained = trained_parts(name)
+  batch = batch_of()
+
+  def of(f):
+    return jax.jit(jax.value_and_grad(lambda t: f(model, attach(base, t))))
+
+  def chunked(count):
+    return lambda model, params: summed_loss(model, params, batch, count)
+
+  want, grads = of(lambda m, p: plain_loss(m, p, batch))(trained)
+  # Seven tokens a row at once, which do not divide 31; and all of them.
+  for size in (28, 124):
+    got, others = of(chunked(size))(trained)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for a, b in zip(
+      jax.tree.leaves(others), jax.tree.leaves(grads), strict=True
+    ):
+      assert tiny.relative(a, b) <= 1e-5
+
+
+def test_the_gradient_is_scaled_like_the_loss():
+  model, _, params = trained_parts('all, tied')
+  batch = batch_of()
+  once = jax.jit(jax.grad(lambda p: summed_loss(model, p, batch, 20)))(params)
+  half = jax.jit(jax.grad(lambda p: 0.5 * summed_loss(model, p, batch, 20)))(
+    params
+  )
+  for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(once), strict=True):
+    np.testing.assert_allclose(a, 0.5 * b, rtol=1e-6, atol=1e-12)
+
+
+def test_no_learned_token_is_no_loss():
+  model, base, trained = trained_parts('adapter alone, tied')
+  batch = batch_of() | {'weights': np.zeros((4, 31), np.float32)}
+  value, grads = jax.jit(
+    jax.value_and_grad(lambda t: summed_loss(model, attach(base, t), batch))
+  )(trained)
+  assert value == 0
+  assert all((g == 0).all() for g in jax.tree.leaves(grads))
+
+
+def largest_with_vocabulary(compiled, vocab):
+  """Numbers in the largest float array of a program with an axis of V."""
+  found = [1]
+  for shape in re.findall(r'f32\[([\d,]+)\]', compiled.as_text()):
+    sizes = [int(n) for n in shape.split(',')]
+    if vocab in sizes:
+      found.append(int(np.prod(sizes)))
+  return max(found)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_logits_are_never_whole(tied):
+  """From the compiled program: shapes, and bytes of temporaries."""
+  small = tiny.loaded()[0]
+  config = dataclasses.replace(small.config, vocab=4096, tied=tied)
+  model, batch, chunk = Decoder(config), batch_of(16, 33), 64
+  params = jax.eval_shape(model.init, jax.random.key(0), batch['tokens'])
+  head = params['params'] | {'layers': {}}
+
+  def compiled(f):
+    def of_layers(layers, rest):
+      return f(model, rest | {'layers': layers}, batch)
+
+    step = jax.jit(jax.value_and_grad(of_layers))
+    return step.lower(params['params']['layers'], head).compile()
+
+  whole = compiled(plain_loss)
+  parts = compiled(lambda *args: summed_loss(*args, chunk))
+  # The head itself has an axis of V, too.
+  most = max(chunk, config.width) * config.vocab
+  assert largest_with_vocabulary(whole, config.vocab) >= 16 * 32 * config.vocab
+  assert largest_with_vocabulary(parts, config.vocab) <= most
+  saved = (
+    whole.memory_analysis().temp_size_in_bytes
+    - parts.memory_analysis().temp_size_in_bytes
+  )
+  # The plain one holds logits, or their gradient, of all tokens.
+  assert saved > 0.9 * 4 * (16 * 32 - chunk) * config.vocab
+
+
+def test_a_frozen_head_gets_no_gradient():
+  """Neither computed nor carried: the scan's sums are the loss alone."""
+  model, base, trained = trained_parts('adapter alone, own head')
+  batch, vocab = batch_of(), model.config.vocab
+  jaxpr = jax.make_jaxpr(
+    jax.grad(lambda t: summed_loss(model, attach(base, t), batch, 20))
+  )(trained)
+  sums = [
+    var.aval
+    for eqn in jaxpr.eqns
+    if eqn.primitive.name == 'scan'
+    for var in eqn.outvars[: eqn.params['num_carry']]
+  ]
+  assert sums and not any(vocab in a.shape for a in sums)
+
+
+def test_eight_devices_are_one():
+  model, _, trained = trained_parts('all, own head')
+  batch = batch_of(8)
+  f = jax.jit(jax.value_and_grad(lambda p, b: summed_loss(model, p, b, 32)))
+  want, grads = f(trained, batch)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  got, others = f(
+    sharding.shard(trained, mesh), sharding.shard_batch(batch, mesh)
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(grads), strict=True):
+    assert tiny.relative(a, b) <= 1e-5
