@@ -296,7 +296,15 @@ def quantize_host(
   absmax = np.swapaxes(scales.reshape(*lead, o, i // block_size), -1, -2)
   codes, absmax = np.ascontiguousarray(codes), np.ascontiguousarray(absmax)
   q = NF4Array(codes, absmax, None, None, block_size, np.dtype(w_IxO.dtype))
-  if double_quant:
-    q = jax.device_put(q, jax.local_devices(backend='cpu')[0])
-    q = jax.tree.map(np.asarray, jax.jit(_compress)(q))
-  return q
+  return compress_host(q) if double_quant else q
+
+
+def compress_host(q: NF4Array) -> NF4Array:
+  """A host NF4Array with plain absmax, its absmax in 8 bits."""
+  only = q.replace(codes=np.zeros((), np.uint8))
+  only = jax.device_put(only, jax.local_devices(backend='cpu')[0])
+  small = jax.tree.map(np.asarray, _compress_jit(only))
+  return small.replace(codes=q.codes)
+
+
+_compress_jit = jax.jit(_compress)

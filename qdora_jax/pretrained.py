@@ -1,11 +1,11 @@
 """From the name of a checkpoint to (model, params, tokenizer).
 
 Tensors are read, quantized and placed one at a time: the full-precision model
-never exists, on the host or on a device.
+never exists, on the host or on a device, and neither does a second copy of the
+quantized one. A process reads what its own devices hold.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qdora_jax.adapter import Adapter, init_adapter, stack_ranks
 from qdora_jax.interop import families, gguf, hf, pypi
 from qdora_jax.linear import kind, materialize
 from qdora_jax.model import Decoder, Remat
+from qdora_jax.placement import Part, Placement
 from qdora_jax.sharding import shard
 from qdora_jax.specs import TAKEN, AdapterSpec, QuantSpec
 
@@ -114,36 +115,50 @@ def load_pretrained(
   )['params']
   flat = paths.flatten(abstract)
   hf.check_names(flat, checkpoint, str(name_or_path))
-  packed = set()
+  packed = {}
   if quant is not None:
     quantized = jax.eval_shape(
       lambda p: transforms.quantize(p, quant), abstract
     )
     packed = {
-      path
+      path: leaf
       for path, leaf in paths.flatten(quantized).items()
       if kind(leaf).startswith('nf4')
     }
 
-  def store(w: np.ndarray, how: str) -> Any:
-    """A weight in its place's form."""
+  def form(path: str, leaf: Any, how: str) -> Any:
+    """What a parameter will be, in abstract arrays."""
     if how == 'whole':
-      return np.asarray(w, dtype)
-    q = nf4.quantize_host(w, quant.block_size, quant.double_quant)
+      return jax.ShapeDtypeStruct(leaf.shape, dtype)
+    if how == 'quantized':
+      return packed[path].replace(dtype=np.dtype(dtype))
+    stored = checkpoint.stored[hf.tensor_name(paths.names(path, leaf)[0])]
+    q = jax.eval_shape(
+      lambda w: nf4.quantize(w, stored.block_size, stored.double_quant), leaf
+    )
     return q.replace(dtype=np.dtype(dtype))
 
-  def part(name: str, how: str) -> Any:
-    """One layer's kernel, or another parameter."""
+  def store(w: np.ndarray, how: str) -> Any:
+    """A weight, or a part of one, in its place's form; scales in float32."""
+    if how == 'whole':
+      return w
+    return nf4.quantize_host(w, quant.block_size)
+
+  def read(name: str, how: str, part: Part) -> Any:
+    """That part of one layer's kernel, or of another parameter."""
     tensor = hf.tensor_name(name)
     if how == 'stored':
-      return checkpoint.packed(tensor).replace(dtype=np.dtype(dtype))
-    w = checkpoint.read(tensor)
-    w = w.T if name.endswith('kernel') else w
+      return checkpoint.packed(tensor)
+    if not name.endswith('kernel'):
+      return checkpoint.read(tensor, part)
+    w = checkpoint.read(tensor, part[::-1]).T
     if name not in taken:
       return store(w, how)
 
     def both(w: np.ndarray) -> tuple[Any, np.ndarray]:
       base = store(w, how)
+      if how == 'quantized' and quant.double_quant:
+        base = nf4.compress_host(base)
       return base, np.asarray(_dense(base))
 
     rank, scale = adapter.rank_of(name), adapter.scale_of(name)
@@ -166,11 +181,16 @@ def load_pretrained(
         "the adapter out of the unquantized weight. Expected init='kaiming', "
         'or the unquantized checkpoint'
       )
-    if names == [path]:
-      whole = part(path, how)
+    stacked = names != [path]
+    place = Placement(path, form(path, leaf, how), mesh, stacked)
+    # Of these not less than all can be read, or made use of.
+    whole = how == 'stored' or taken & set(names)
+    part = place.whole if whole else place.part
+    if stacked:
+      layers = (read(name, how, part) for name in names)
+      params[path] = place.stack(layers, part)
     else:
-      whole = _stack((part(name, how) for name in names), len(names))
-    params[path] = _place({path: whole}, mesh)[path]
+      params[path] = place.single(read(path, how, part), part)
   params = paths.unflatten(params)
   out = (model, params, checkpoint.tokenizer())
   if adapter is None:
@@ -282,22 +302,3 @@ def dequantized(checkpoint: Any, params: Any) -> dict[str, str]:
       else 'the checkpoint stores its layers in different ways'
     )
   return reasons
-
-
-def _place(flat: dict[str, Any], mesh: jax.sharding.Mesh | None) -> Any:
-  """Host arrays on their devices."""
-  if mesh is None:
-    return jax.tree.map(jnp.asarray, flat)
-  return shard(flat, mesh)
-
-
-def _stack(parts: Iterator[Any], count: int) -> Any:
-  """Stacks equal trees of numpy arrays, holding one part beside the stack."""
-  stacks: list[np.ndarray] = []
-  for n, part in enumerate(parts):
-    pieces, structure = jax.tree.flatten(part)
-    if n == 0:
-      stacks = [np.empty((count, *p.shape), p.dtype) for p in pieces]
-    for stack, piece in zip(stacks, pieces, strict=True):
-      stack[n] = piece
-  return jax.tree.unflatten(structure, stacks)

@@ -34,7 +34,7 @@ from qdora_jax.pretrained import (
   open_checkpoint,
 )
 from qdora_jax.rows import Row
-from qdora_jax.sharding import make_mesh, shard_batch
+from qdora_jax.sharding import make_mesh, shard_batch, unsharded
 from qdora_jax.specs import TAKEN, AdapterSpec
 from qdora_jax.transforms import freeze
 
@@ -107,6 +107,11 @@ class Run:
       f'stored in 4 bits, read in full precision: {path}: {reason}'
       for path, reason in dequantized(checkpoint, base or trained).items()
     ]
+    if mesh is not None:
+      notes += [
+        f'not sharded as it could be: {path}: {reason}'
+        for path, reason in unsharded(base or trained, mesh).items()
+      ]
     return cls(
       config,
       Path(workdir),

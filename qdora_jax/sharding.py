@@ -65,20 +65,52 @@ def shardings(
     rules: (regex over paths, spec of the kernel's last two axes) pairs.
 
   Returns:
-    The same tree; an axis that a mesh axis does not divide is replicated.
+    The same tree; an axis that a mesh axis does not divide is replicated (see
+    `unsharded`).
   """
 
   def place(path: Any, leaf: Any) -> NamedSharding:
-    name = paths.of(path)
-    kernel, _, part = name.rpartition('/')
-    if part in _PARTS:
-      spec = paths.first_match(rules, kernel, P(None, None))
-      spec = P(*(spec[a] if a is not None else None for a in _PARTS[part]))
-    else:
-      spec = paths.first_match(rules, name, P())
+    spec = _wanted(paths.of(path), rules)
     return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
 
   return _align(jax.tree_util.tree_map_with_path(place, tree))
+
+
+def _wanted(name: str, rules: tuple[tuple[str, P], ...]) -> P:
+  """What the rules say of an array's last axes."""
+  kernel, _, part = name.rpartition('/')
+  if part not in _PARTS:
+    return paths.first_match(rules, name, P())
+  spec = paths.first_match(rules, kernel, P(None, None))
+  return P(*(spec[a] if a is not None else None for a in _PARTS[part]))
+
+
+def unsharded(
+  tree: Any, mesh: Mesh, rules: tuple[tuple[str, P], ...] = RULES
+) -> dict[str, str]:
+  """{path: reason} of arrays that a rule splits and their size does not.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs.
+    mesh: from `make_mesh`.
+    rules: as for `shardings`.
+  """
+  reasons: dict[str, str] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = paths.of(path)
+    if name.endswith('/codes'):
+      continue  # As absmax.
+    spec = _wanted(name, rules)
+    sizes = leaf.shape[len(leaf.shape) - len(spec) :]
+    for n, (axis, size) in enumerate(zip(spec, sizes, strict=True)):
+      if axis and size % _size(mesh, axis):
+        in_blocks = name.endswith('/absmax') and n == 0
+        what = 'blocks' if in_blocks else 'features'
+        kernel = name.removesuffix('/absmax')
+        reasons[kernel] = (
+          f'{size} {what} do not divide over {axis}={_size(mesh, axis)}'
+        )
+  return reasons
 
 
 # Which axis of its kernel (0: I, 1: O) each axis of a stored part follows.
@@ -133,8 +165,13 @@ def shard(tree: Any, mesh: Mesh, rules: Any = RULES) -> Any:
   over `tensor`.
   """
   placed = jax.tree.map(jax.device_put, tree, shardings(tree, mesh, rules))
+  return gathering(placed, mesh)
 
-  def node(path: Any, leaf: Any) -> Any:
+
+def gathering(placed: Any, mesh: Mesh) -> Any:
+  """A tree on the mesh, whose packed leaves learn where to be gathered."""
+
+  def node(leaf: Any) -> Any:
     if not hasattr(leaf, 'codes'):
       return leaf
     spec = leaf.codes.sharding.spec[-2:]
@@ -142,9 +179,7 @@ def shard(tree: Any, mesh: Mesh, rules: Any = RULES) -> Any:
     kept = P(*(axis if axis == 'tensor' else None for axis in spec))
     return leaf.replace(gathered=NamedSharding(mesh, kept))
 
-  return jax.tree_util.tree_map_with_path(
-    node, placed, is_leaf=lambda x: hasattr(x, 'codes')
-  )
+  return jax.tree.map(node, placed, is_leaf=lambda x: hasattr(x, 'codes'))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -92,8 +92,14 @@ class GGUFCheckpoint:
       hf: self._header.tensors[name].shape for hf, name in self._names.items()
     }
 
-  def read(self, name: str) -> np.ndarray:
+  def read(
+    self, name: str, part: tuple[slice, ...] | None = None
+  ) -> np.ndarray:
     """One tensor as a new float32 array of shape `shapes[name]`.
+
+    Args:
+      name: of the tensor.
+      part: a slice of each axis; all of the tensor is read for it.
 
     Raises:
       KeyError: no tensor of that Hugging Face name.
@@ -104,6 +110,11 @@ class GGUFCheckpoint:
       raise KeyError(
         f'{self.path} has no tensor {name!r}; it has {sorted(self._names)}'
       )
+    w = self._read(name)
+    return w if part is None else w[part]
+
+  def _read(self, name: str) -> np.ndarray:
+    """As the model has it: norms' scales and queries' order are undone."""
     w = self._dequantize(self._names[name])
     if self._arch in _UNIT_SCALE and name.endswith('norm.weight'):
       w -= 1

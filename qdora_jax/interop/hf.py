@@ -92,6 +92,8 @@ def read_json(file: Path) -> dict[str, Any]:
 # What numpy reads as numbers of a model.
 _DTYPES = ('F32', 'F16', 'BF16', 'F64')
 _INDEX = 'model.safetensors.index.json'
+# A slice of each axis of a tensor.
+Part = tuple[slice, ...]
 # What a model needs beside weights and config.json, and its licence.
 _REST = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json')
 _REST += ('chat_template*', 'vocab.*', 'merges.txt', 'generation_config.json')
@@ -147,23 +149,22 @@ class HFCheckpoint:
       quantization = self.config['quantization_config']
     if quantization is not None:
       bnb.check_config(quantization, str(path))
-    self._files = {}
+    self._files: dict[str, Path] = {}
+    shapes = {}
     for file in self._weights():
       reader = open_safetensors(file)
       plain = [n for n in reader.keys() if not n.endswith(bnb.SUFFIXES)]
       states = bnb.find(dict.fromkeys(reader.keys()))
       check_floats(file, reader, [n for n in plain if n not in states])
-      self._files |= dict.fromkeys(reader.keys(), reader)
+      self._files |= dict.fromkeys(reader.keys(), file)
+      shapes |= {n: tuple(reader.get_slice(n).get_shape()) for n in plain}
     self.stored = {
       name: bnb.state(state, self._get(state), str(self.directory))
       for name, state in bnb.find(self._files).items()
     }
     self.shapes = {
-      name: self.stored[name].shape
-      if name in self.stored
-      else tuple(reader.get_slice(name).get_shape())
-      for name, reader in self._files.items()
-      if not name.endswith(bnb.SUFFIXES)
+      name: self.stored[name].shape if name in self.stored else shape
+      for name, shape in shapes.items()
     }
 
   def _weights(self) -> list[Path]:
@@ -198,18 +199,30 @@ class HFCheckpoint:
       )
     return files
 
-  def _get(self, name: str) -> np.ndarray:
-    return self._files[name].get_tensor(name)
+  def _get(self, name: str, part: Part | None = None) -> np.ndarray:
+    # Opened anew: the pages of a mapped file count as ours until it is closed.
+    reader = open_safetensors(self._files[name])
+    if part is None:
+      return reader.get_tensor(name)
+    return reader.get_slice(name)[part]
 
-  def read(self, name: str) -> np.ndarray:
-    """One tensor in its stored dtype; float32 if it was stored in 4 bits."""
+  def read(self, name: str, part: Part | None = None) -> np.ndarray:
+    """One tensor in its stored dtype; float32 if it was stored in 4 bits.
+
+    Args:
+      name: of the tensor.
+      part: a slice of each axis: no more of the file is read than that (of what
+        is stored in 4 bits, all).
+    """
     if name not in self.stored:
-      return self._get(name)
+      return self._get(name, part)
     q = bnb.read(name, self.stored[name], self._get, str(self.directory))
     w = np.asarray(nf4.dequantize(jax.tree.map(jnp.asarray, q)))
     if self.stored[name].straddles:
-      return w.reshape(self.stored[name].shape)
-    return w.T
+      w = w.reshape(self.stored[name].shape)
+    else:
+      w = w.T
+    return w if part is None else w[part]
 
   def packed(self, name: str) -> NF4Array:
     """One tensor of `stored` as it stands: host arrays of a kernel [I, O]."""
@@ -245,7 +258,8 @@ class HFCheckpoint:
     text = json.dumps([self.config, sorted(self.shapes.items())], default=str)
     digest = hashlib.sha256(text.encode())
     for name in sorted(self._files):
-      digest.update(self._files[name].get_slice(name)[:1].tobytes())
+      reader = open_safetensors(self._files[name])
+      digest.update(reader.get_slice(name)[:1].tobytes())
     return digest.hexdigest()
 
 
