@@ -100,7 +100,7 @@ def materialize(w: Any, dtype: jnp.dtype | None = None) -> jax.Array:
     whole = room.merge(w, materialize(w.base, jnp.float32))
     return whole.astype(dtype or w.base.dtype)
   if isinstance(w, NF4Array):
-    return nf4.dequantize(_gather(w), dtype)
+    return _together(nf4.dequantize(_gather(w), dtype), w)
   return jnp.asarray(w, dtype)
 
 
@@ -191,10 +191,16 @@ _nf4_products.defvjp(_nf4_products_forward, _nf4_products_backward)
 
 
 def _gather(q: NF4Array) -> NF4Array:
-  """Brings one layer's packed arrays together over FSDP's axis, if told to."""
-  if q.gathered is None or q.codes.ndim != 2:
-    return q
-  together = jax.lax.with_sharding_constraint
-  return q.replace(
-    codes=together(q.codes, q.gathered), absmax=together(q.absmax, q.gathered)
-  )
+  """One layer's packed arrays, brought together over FSDP's axis if told to."""
+  return q.replace(codes=_together(q.codes, q), absmax=_together(q.absmax, q))
+
+
+def _together(array: jax.Array, q: NF4Array) -> jax.Array:
+  """An array of a layer's kernel where q says that it is to be gathered.
+
+  The dense weight, too: XLA would split it again as the arrays are split that
+  it meets, and gather it once more.
+  """
+  if q.gathered is None or array.ndim != 2:
+    return array
+  return jax.lax.with_sharding_constraint(array, q.gathered)

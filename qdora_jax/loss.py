@@ -23,6 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from qdora_jax.data import Batch
 from qdora_jax.model import Decoder
+from qdora_jax.sharding import by_batch
 
 # Tokens: a product with the head is efficient from a few hundred.
 CHUNK = 1024
@@ -74,6 +75,8 @@ def _chunks(array_BxC: jax.Array, count: int) -> jax.Array:
 
 
 def _chunk_loss(model, head, hidden_BxCxD, labels_BxC, weights_BxC):
+  # And so is its gradient: split by rows, as the hidden states it is for.
+  hidden_BxCxD = by_batch(hidden_BxCxD, model.mesh)
   logits = model.apply({'params': head}, hidden_BxCxD, method='unembed')
   each = optax.softmax_cross_entropy_with_integer_labels(logits, labels_BxC)
   return jnp.sum(each * weights_BxC)

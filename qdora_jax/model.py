@@ -25,10 +25,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from qdora_jax.attention import NOWHERE, attention, visible
 from qdora_jax.linear import PRODUCT, linear
 from qdora_jax.rope import Rope, angles, rotate
+from qdora_jax.sharding import by_batch
 
 Remat = Literal['none', 'dots', 'block', 'offload']
 Activation = Literal['silu', 'gelu', 'gelu_tanh']
@@ -219,11 +221,12 @@ class Block(nn.Module):
   """
 
   config: ModelConfig
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(self, x_BxLxD, turns, masks, kind, cache):
     c = self.config
-    x_BxLxD = checkpoint_name(x_BxLxD, _BLOCK_INPUT)
+    x_BxLxD = checkpoint_name(by_batch(x_BxLxD, self.mesh), _BLOCK_INPUT)
     turn, mask = (a[0] if kind is None else a[kind] for a in (turns, masks))
 
     def norm(y: jax.Array, name: str, where: str) -> jax.Array:
@@ -252,11 +255,13 @@ class Decoder(nn.Module):
     remat: what the backward pass finds of a layer: 'none' keeps everything,
       'dots' the products with the base, 'block' the layer's input alone,
       'offload' the same, waiting in the host's memory.
+    mesh: activations are split over it by their rows; None leaves it to XLA.
   """
 
   config: ModelConfig
   dtype: Any = jnp.float32
   remat: Remat = 'block'
+  mesh: Mesh | None = None
 
   def setup(self):
     c = self.config
@@ -271,7 +276,7 @@ class Decoder(nn.Module):
       split_rngs={'params': True},
       in_axes=(nn.broadcast, nn.broadcast, 0, 0),
       length=c.layers,
-    )(c)
+    )(c, self.mesh)
     self.final_norm = RMSNorm(c)
     if not c.tied:
       self.lm_head = Linear(c.vocab)
@@ -326,6 +331,7 @@ class Decoder(nn.Module):
       kind = jnp.asarray([kinds.index(k) for k in c.kinds])
     x = self.embed(tokens_BxL).astype(self.dtype)
     x = x * jnp.asarray(c.embed_scale, x.dtype)
+    x = by_batch(x, self.mesh)
     x, new = self.layers(x, jnp.stack(turns), jnp.stack(masks), kind, kv)
     if cache is not None:
       # Written once for all layers: in a loop, in place.
@@ -335,7 +341,7 @@ class Decoder(nn.Module):
         'positions': keys,
         'index': cache['index'] + tokens_BxL.shape[1],
       }
-    return self.final_norm(x), cache
+    return self.final_norm(by_batch(x, self.mesh)), cache
 
   def unembed(self, x_BxLxD: jax.Array) -> jax.Array:
     """Logits f32 [B, L, V] of what `hidden` gave."""

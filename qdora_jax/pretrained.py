@@ -109,7 +109,7 @@ def load_pretrained(
   """
   checkpoint = open_checkpoint(name_or_path)
   config = families.model_config(checkpoint.config, str(name_or_path))
-  model = Decoder(config, dtype, remat)
+  model = Decoder(config, dtype, remat, mesh)
   abstract = jax.eval_shape(
     model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
   )['params']

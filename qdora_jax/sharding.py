@@ -186,3 +186,14 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
   """Splits the leading axis of every array over `data` and `fsdp`."""
   sharding = NamedSharding(mesh, BATCH)
   return jax.tree.map(lambda a: jax.device_put(np.asarray(a), sharding), batch)
+
+
+def by_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Inside jit: x [B, ...] split by rows alone, as the batch it came from is.
+
+  Told nothing, XLA may split activations by their features instead, as the
+  weights they meet are, and then sum partial products over all devices.
+  """
+  if mesh is None or x.shape[0] % _size(mesh, BATCH[0]):
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))

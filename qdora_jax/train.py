@@ -52,6 +52,7 @@ def make_step(
   """
   optimizer = optax.with_extra_args_support(optimizer)
   mesh = None if like is None else jax.tree.leaves(like)[0].sharding.mesh
+  model = model.clone(mesh=mesh)
 
   def step(trained, opt_state, base, norms, batch, key):
     total = jnp.maximum(jnp.sum(batch['weights']), 1)

@@ -1,0 +1,154 @@
+"""From compiled programs on eight devices: what travels, and how often."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from tiny import quick_compiles  # noqa: F401
+
+from qdora_jax import QuantSpec, paths, rope
+from qdora_jax.model import LayerKind, ModelConfig
+
+SCRIPT = Path(__file__).parents[1] / 'experiments' / 'benchmarks'
+_spec = importlib.util.spec_from_file_location('traffic', SCRIPT / 'traffic.py')
+traffic = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(traffic)
+
+LAYERS = 3
+CONFIG = ModelConfig(
+  vocab=512,
+  width=512,
+  ff=1024,
+  layers=LAYERS,
+  heads=8,
+  kv_heads=4,
+  head_dim=64,
+  kinds=(LayerKind(rope.plain(1e4, 64)),) * LAYERS,
+  tied=False,
+)
+# A use in the forward pass and one in the backward pass.
+USES = 2
+
+
+def packed_leaves(base):
+  return [
+    leaf for leaf in paths.flatten(base).values() if hasattr(leaf, 'codes')
+  ]
+
+
+def stacks(base):
+  """Shapes of whole stacks of codes, and of the kernels they stand for."""
+  leaves = packed_leaves(base)
+  return {q.codes.shape for q in leaves} | {q.shape for q in leaves}
+
+
+@pytest.mark.parametrize(
+  ('method', 'double', 'remat', 'sizes'),
+  [
+    ('dora', True, 'block', (1, 8, 1)),
+    ('lora', False, 'none', (2, 4, 1)),
+    pytest.param('dora', False, 'dots', (1, 4, 2), marks=pytest.mark.slow),
+    pytest.param('dora', True, 'offload', (1, 8, 1), marks=pytest.mark.slow),
+    pytest.param('lora', True, 'block', (1, 2, 4), marks=pytest.mark.slow),
+    pytest.param('dora', False, 'none', (1, 8, 1), marks=pytest.mark.slow),
+  ],
+)
+def test_kernels_travel_packed_inside_the_scan(method, double, remat, sizes):
+  tensor = sizes[2]
+  # A rank by which no count of blocks can be mistaken for it.
+  step, base, trained = traffic.compiled_step(
+    CONFIG,
+    method,
+    QuantSpec(double_quant=double),
+    sizes=sizes,
+    remat=remat,
+    rank=3,
+  )
+  program = step.as_text()
+  found = traffic.moved(program)
+  shapes = traffic.layer_shapes(base, trained, tensor)
+  gathers = [
+    array
+    for array in found
+    if array.collective == 'all-gather'
+    and (array.dtype, array.shape) in shapes
+    and shapes[array.dtype, array.shape] == 'packed kernels'
+  ]
+  packed = sum(
+    a.size * a.dtype.itemsize
+    for leaf in packed_leaves(base)
+    for a in (leaf.codes, leaf.absmax)
+  )
+  wire = sum(array.nbytes for array in gathers)
+  assert USES * packed / tensor <= wire <= 1.02 * USES * packed / tensor
+  # Within the layers' loops, each kernel by itself.
+  assert {array.times for array in gathers} == {LAYERS}
+  assert len(gathers) == USES * 2 * len(packed_leaves(base))
+  # Nothing of a kernel's dense shape travels, in whatever precision.
+  dense = {leaf.shape[1:] for leaf in packed_leaves(base)}
+  dense |= {(i // tensor, o) for i, o in dense}
+  dense |= {(i, o // tensor) for i, o in dense}
+  floats = {a.shape for a in found if a.dtype != 'u8' and a.times > 1}
+  assert not floats & dense
+  # No stack is anywhere whole: not gathered, not saved for the way back.
+  # (Split over `tensor`, one kernel's part looks like another's whole.)
+  if tensor == 1:
+    assert not _arrays(program) & stacks(base)
+
+
+def _arrays(program):
+  return {
+    tuple(int(n) for n in sizes.split(',') if n)
+    for _, sizes in traffic._ARRAY.findall(program)
+  }
+
+
+@pytest.mark.parametrize(
+  'method', ['dora', pytest.param('full', marks=pytest.mark.slow)]
+)
+def test_activations_stay_where_their_rows_are(method):
+  """No sum of partial products: only the embedding's rows change places."""
+  quant = QuantSpec() if method == 'dora' else None
+  step, _, trained = traffic.compiled_step(
+    CONFIG, method, quant, sizes=(1, 8, 1), rows=8, length=48
+  )
+  found = traffic.moved(step.as_text())
+  for array in found:
+    if 48 in array.shape or 47 in array.shape:
+      # Token ids to look up, and what was found.
+      assert array.times == 1, array
+      assert array.dtype == 's32' or array.collective == 'all-to-all', array
+  # What is trained is summed over the devices, once a layer.
+  summed = {
+    array.shape
+    for array in found
+    if array.collective in ('all-reduce', 'reduce-scatter')
+    and array.times == LAYERS
+  }
+  up = paths.flatten(trained)['layers/mlp/up/kernel']
+  for part in [up] if method == 'full' else [up.lora_a, up.lora_b]:
+    assert {part.shape[1:], part.shape[:0:-1]} & summed
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+  program = """
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %ag = f32[1,8,4]{2,1,0} all-gather(%x), dimensions={1}
+}
+%cond (p: (s32[], f32[4])) -> pred[] {
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %s = (f32[2], f32[16]) all-gather-start(%y), dimensions={0}
+  %r = (f32[3], u8[5]) all-reduce(%a, %b), to_apply=%sum
+}
+"""
+  program = re.sub(r'\\\n', '', program)
+  assert traffic.moved(program) == [
+    traffic.Moved('all-gather', 'f32', (16,), 1, True),
+    traffic.Moved('all-reduce', 'f32', (3,), 1, False),
+    traffic.Moved('all-reduce', 'u8', (5,), 1, False),
+    traffic.Moved('all-gather', 'f32', (8, 4), 5, False),
+  ]
