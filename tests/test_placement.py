@@ -9,10 +9,8 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 import tiny
 from golden import weights
 from tiny import quick_compiles  # noqa: F401
@@ -160,49 +158,6 @@ def test_each_process_reads_what_its_devices_hold(tmp_path):
     assert all(c.all() for c in covered)
 
 
-# Of a Llama: 14 layers and two tables, 1.98 GB in bfloat16.
-WIDTH, FF, VOCAB, LAYERS = 2048, 5632, 65536, 14
-
-
-def write_large(folder):
-  """A checkpoint of many files; gives the bytes of its largest tensor."""
-  rng, files = np.random.default_rng(0), {}
-
-  def normal(*shape):
-    # Drawn once and repeated: what is timed or measured is not the drawing.
-    row = rng.standard_normal(shape[1], np.float32) * 0.02
-    return np.tile(row.astype(ml_dtypes.bfloat16), (shape[0], 1))
-
-  def save(tensors):
-    name = f'model-{len(set(files.values())):05}.safetensors'
-    safetensors.numpy.save_file(tensors, folder / name)
-    files.update(dict.fromkeys(tensors, name))
-
-  one = np.ones(WIDTH, ml_dtypes.bfloat16)
-  save({'model.embed_tokens.weight': normal(VOCAB, WIDTH)})
-  save({'lm_head.weight': normal(VOCAB, WIDTH), 'model.norm.weight': one})
-  for n in range(LAYERS):
-    shapes = {
-      **{f'self_attn.{x}_proj': (WIDTH, WIDTH) for x in 'qkvo'},
-      'mlp.gate_proj': (FF, WIDTH),
-      'mlp.up_proj': (FF, WIDTH),
-      'mlp.down_proj': (WIDTH, FF),
-    }
-    norms = ('input_layernorm', 'post_attention_layernorm')
-    tensors = {f'{k}.weight': normal(*s) for k, s in shapes.items()}
-    tensors |= {f'{k}.weight': one for k in norms}
-    save({f'model.layers.{n}.{k}': w for k, w in tensors.items()})
-  index = {'metadata': {}, 'weight_map': files}
-  (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
-  config, _ = weights.tiny_llama(0, False)
-  config |= {'attention_bias': False, 'head_dim': 64, 'hidden_size': WIDTH}
-  config |= {'intermediate_size': FF, 'num_attention_heads': 32}
-  config |= {'num_hidden_layers': LAYERS, 'num_key_value_heads': 32}
-  config |= {'vocab_size': VOCAB}
-  (folder / 'config.json').write_text(json.dumps(config))
-  return 2 * VOCAB * WIDTH
-
-
 LARGE = """
   import json
   import resource
@@ -226,7 +181,7 @@ LARGE = """
 @pytest.mark.slow
 def test_two_gigabytes_are_loaded_within_little_more_than_they_become(tmp_path):
   """Peak memory of the whole process, Python and JAX included."""
-  largest = write_large(tmp_path)
+  largest = tiny.script('benchmarks/load.py').write_llama(tmp_path)
   program = [sys.executable, '-c', textwrap.dedent(LARGE), tmp_path]
   out = subprocess.run(program, capture_output=True, check=True, timeout=600)
   peak, held = json.loads(out.stdout)

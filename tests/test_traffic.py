@@ -1,20 +1,15 @@
 """From compiled programs on eight devices: what travels, and how often."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
+import tiny
 from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import QuantSpec, paths, rope
 from qdora_jax.model import LayerKind, ModelConfig
 
-SCRIPT = Path(__file__).parents[1] / 'experiments' / 'benchmarks'
-_spec = importlib.util.spec_from_file_location('traffic', SCRIPT / 'traffic.py')
-traffic = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(traffic)
-
+traffic = tiny.script('benchmarks/traffic.py')
 LAYERS = 3
 CONFIG = ModelConfig(
   vocab=512,

@@ -18,7 +18,8 @@ from golden import weights
 from qdora_jax import load_pretrained, paths
 from qdora_jax.config import RunConfig
 
-BASE = Path(__file__).parents[1] / 'experiments' / 'configs' / 'base.py'
+EXPERIMENTS = Path(__file__).parents[1] / 'experiments'
+BASE = EXPERIMENTS / 'configs' / 'base.py'
 EOS = 2
 # 'u:1+2=\na:' for a question, the answer and its end behind it.
 TEMPLATE = (
@@ -143,8 +144,10 @@ _OVERRIDES = {
 
 
 @functools.cache
-def _module(path: Path) -> Any:
-  spec = importlib.util.spec_from_file_location('base', path)
+def script(name: str) -> Any:
+  """A program of experiments/, such as 'configs/base.py', as a module."""
+  path = EXPERIMENTS / name
+  spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
@@ -152,7 +155,7 @@ def _module(path: Path) -> Any:
 
 def config(model: Path | str, **overrides: Any) -> dict[str, Any]:
   """base.py's values for a tiny run; overrides are 'section.key': value."""
-  values = _module(BASE).get_config().to_dict()
+  values = script('configs/base.py').get_config().to_dict()
   every = {**_OVERRIDES, 'model.name': str(model), **overrides}
   for key, value in every.items():
     *section, last = key.split('.')
