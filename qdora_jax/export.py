@@ -207,7 +207,7 @@ def _write(
     raise ValueError(f'dtype={dtype!r}: expected one of {", ".join(DTYPES)}')
   checkpoint = open_checkpoint(source)
   tensors: dict[str, Tensor] = {}
-  double = False
+  double, dense = False, []
   for path, leaf in paths.flatten(tree).items():
     names = paths.names(path, leaf)
     for n, name in enumerate(names):
@@ -215,15 +215,17 @@ def _write(
       if four_bit and _packed(leaf):
         double |= leaf.nested is not None
         tensors |= _four_bit(hf.tensor_name(name), leaf, layer, dtype)
-      else:
-        tensors[hf.tensor_name(name)] = _dense(leaf, layer, path, dtype)
+        continue
+      tensors[hf.tensor_name(name)] = _dense(leaf, layer, path, dtype)
+      if path.startswith(paths.STACK) and path.endswith('kernel'):
+        dense.append(hf.module_name(name.rsplit('/', 1)[0]))
   config = {**checkpoint.config, 'dtype': dtype}
   if 'torch_dtype' in config:
     # As versions before transformers 5 called it.
     config['torch_dtype'] = dtype
   config.pop('quantization_config', None)
   if four_bit:
-    config['quantization_config'] = bnb.config(double, dtype)
+    config['quantization_config'] = bnb.config(double, dtype, dense)
   write_json(directory / 'config.json', config)
   checkpoint.write_rest(directory)
   write_tensors(directory, tensors, max_file_bytes)

@@ -125,6 +125,33 @@ def test_the_base_comes_back_to_the_bit(source, double, tmp_path):
   tiny.assert_same(got, base)
 
 
+@pytest.mark.parametrize(
+  ('targets', 'dense'),
+  [(r'.*/(q|down)/kernel', ('k', 'v', 'o', 'gate', 'up')), (None, ())],
+)
+def test_linear_layers_that_are_not_in_four_bits_are_named(
+  source, targets, dense, tmp_path
+):
+  """Told none, transformers takes all of them for quantized."""
+  quant = QuantSpec(targets) if targets else QuantSpec()
+  _, base, _ = load_pretrained(source, quant, remat='none')
+  export_base(tmp_path / 'out', base, source, 'float32')
+  config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  skipped = config['quantization_config']['llm_int8_skip_modules']
+  if not dense:
+    assert skipped is None
+    return
+  group = {'k': 'self_attn', 'v': 'self_attn', 'o': 'self_attn'}
+  assert sorted(skipped) == sorted(
+    [
+      f'model.layers.{n}.{group[m] if m in group else "mlp"}.{m}_proj'
+      for n in range(3)
+      for m in dense
+    ]
+    + ['lm_head']
+  )
+
+
 @pytest.mark.parametrize('method', ['lora', 'dora'])
 def test_folded(source, method, tmp_path):
   model, base, adapter = trained(source, method)

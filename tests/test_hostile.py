@@ -34,6 +34,7 @@ EXAMPLES = {
   'bnb': 300,
   'gguf': 500,
   'peft': 300,
+  'peft_config': 300,
   'tokenizer': 150,
 }
 # Of one file: they hold some 100 kB.
@@ -67,6 +68,7 @@ def good(tmp_path_factory):
   gguf_files.write(root / 'gguf' / 'model.gguf', config, tensors)
   adapter = init_adapter(jax.random.key(0), base, AdapterSpec(rank=2))
   save_adapter(root / 'peft', adapter)
+  shutil.copytree(root / 'peft', root / 'peft_config')
   return root, base
 
 
@@ -77,13 +79,14 @@ FILES = {
   'bnb': 'model.safetensors',
   'gguf': 'model.gguf',
   'peft': 'adapter_model.safetensors',
+  'peft_config': 'adapter_config.json',
   'tokenizer': 'tokenizer.json',
 }
 
 
 def open_whole(kind, folder, base):
   """Reads everything that the reader of this kind reads."""
-  if kind == 'peft':
+  if kind.startswith('peft'):
     load_adapter(folder, base)
     return
   if kind == 'tokenizer':
@@ -271,6 +274,33 @@ def test_absurd_settings(changes):
   config, _ = families.make('llama2')
   with pytest.raises(ValueError, match='here'):
     model_config({**config, **changes}, 'here')
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'alpha_pattern': {'((': 2.0}}, r'alpha_pattern=.*\{regular expression'),
+    ({'alpha_pattern': {'q_proj': 'two'}}, 'alpha_pattern=.*number'),
+    ({'alpha_pattern': 3.0}, 'alpha_pattern=3.0: expected'),
+    ({'alpha_pattern': {'q_proj': -1}}, 'alpha_pattern'),
+    ({'modules_to_save': 'norm'}, "modules_to_save='norm': expected a list"),
+    ({'modules_to_save': [1]}, 'expected a list of names'),
+    ({'use_dora': 'yes'}, "use_dora='yes': expected true or false"),
+    ({'lora_alpha': True}, 'lora_alpha=True: expected a number'),
+    ({'lora_alpha': -1}, 'alpha=-1'),
+    ({'lora_alpha': float('nan')}, 'alpha=nan'),
+    ({'lora_dropout': 1.0}, 'dropout=1.0: expected'),
+  ],
+)
+def test_adapter_options_that_cannot_be(changes, words, good, tmp_path):
+  root, base = good
+  folder = tmp_path / 'it'
+  shutil.copytree(root / 'peft', folder)
+  file = folder / 'adapter_config.json'
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+  with pytest.raises(ValueError, match=words) as error:
+    load_adapter(folder, base)
+  assert str(folder) in str(error.value)
 
 
 def test_a_tokenizer_that_is_none(tmp_path):

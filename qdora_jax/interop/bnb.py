@@ -18,7 +18,7 @@ has no place for that, and the weight is read in full precision.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -204,8 +204,17 @@ def write(name: str, q: NF4Array, dtype: str) -> dict[str, np.ndarray]:
   }
 
 
-def config(double_quant: bool, dtype: str) -> dict[str, Any]:
-  """config.json's quantization_config of such a checkpoint."""
+def config(
+  double_quant: bool, dtype: str, dense: Sequence[str] = ()
+) -> dict[str, Any]:
+  """config.json's quantization_config of such a checkpoint.
+
+  Args:
+    double_quant: whether any absmax is nested.
+    dtype: of products.
+    dense: modules of layers that are not in 4 bits. Told none, transformers
+      takes all but the head for quantized.
+  """
   return {
     'quant_method': 'bitsandbytes',
     'load_in_4bit': True,
@@ -214,7 +223,7 @@ def config(double_quant: bool, dtype: str) -> dict[str, Any]:
     'bnb_4bit_use_double_quant': double_quant,
     'bnb_4bit_compute_dtype': dtype,
     'bnb_4bit_quant_storage': 'uint8',
-    'llm_int8_skip_modules': None,
+    'llm_int8_skip_modules': [*dense, 'lm_head'] if dense else None,
   }
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qdora_jax.interop import gguf_config, gguf_header, hf_write
+from qdora_jax.interop import gguf_config, gguf_header, hf, hf_write
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
@@ -130,7 +130,8 @@ class GGUFCheckpoint:
     """The tokenizer of the file's vocabulary; see `gguf_tokenizer.build`."""
     from qdora_jax.interop import gguf_tokenizer
 
-    return gguf_tokenizer.build(self._header.fields, str(self.path))
+    with hf.reading_tokenizer(f'{self.path}: its vocabulary'):
+      return gguf_tokenizer.build(self._header.fields, str(self.path))
 
   def write_rest(self, directory: Path) -> None:
     """Writes the tokenizer, and which tokens begin and end a text."""

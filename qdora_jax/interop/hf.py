@@ -4,10 +4,11 @@ PyTorch stores a linear weight as (out, in), a Flax kernel is (in, out). Nothing
 here unpickles or runs code from a checkpoint.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,28 @@ def check_floats(file: Path, reader: Any, names: Iterable[str]) -> None:
       )
 
 
+@contextlib.contextmanager
+def reading_tokenizer(what: str) -> Iterator[None]:
+  """Whatever goes wrong within is a ValueError: `what` cannot be read.
+
+  Args:
+    what: the file or folder, a colon, and what of it.
+  """
+  try:
+    yield
+  except BaseException as error:
+    # `tokenizers` raises nothing more special than Exception; its Rust may
+    # panic, which is not even that.
+    panic = type(error).__name__ == 'PanicException'
+    clear = isinstance(error, ValueError) and what.split(':')[0] in str(error)
+    if clear or (not panic and not isinstance(error, Exception)):
+      raise
+    raise ValueError(
+      f'{what} cannot be read ({type(error).__name__}: {error}); copy or '
+      'download it again'
+    ) from error
+
+
 class HFCheckpoint:
   """A local Hugging Face directory, read one tensor at a time.
 
@@ -234,18 +257,9 @@ class HFCheckpoint:
       return None
     from transformers import PreTrainedTokenizerFast
 
-    try:
+    files = f'{self.directory}: tokenizer.json or tokenizer_config.json'
+    with reading_tokenizer(files):
       return PreTrainedTokenizerFast.from_pretrained(self.directory)
-    except BaseException as error:
-      # `tokenizers` raises nothing more special than Exception; its Rust may
-      # panic, which is not even that.
-      panic = type(error).__name__ == 'PanicException'
-      if not panic and not isinstance(error, Exception):
-        raise
-      raise ValueError(
-        f'{self.directory}: tokenizer.json or tokenizer_config.json cannot be '
-        f'read ({type(error).__name__}: {error}); copy or download them again'
-      ) from error
 
   def write_rest(self, directory: Path) -> None:
     """Copies what lies beside weights and config.json: tokenizer and so on."""

@@ -69,12 +69,7 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
         f'{directory}: {option}={config[option]!r} is not supported; '
         f'supported: {values[0]!r}'
       )
-  for option in ('lora_alpha', 'lora_dropout'):
-    value = config[option] if option in config else None
-    if not isinstance(value, int | float):
-      raise ValueError(
-        f'{directory}: {CONFIG} has {option}={value!r}: expected a number'
-      )
+  _check_types(directory, config)
   reader = hf.open_safetensors(directory / WEIGHTS)
   hf.check_floats(directory / WEIGHTS, reader, reader.keys())
   tensors = {k: reader.get_tensor(k) for k in reader.keys()}
@@ -118,9 +113,12 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
   adapter = {}
   present = {where[module][1]: parts for module, parts in found.items()}
   names = {trained[module][1] for module in whole}
+  try:
+    spec = _spec(config, present, where)
+  except ValueError as error:
+    raise ValueError(f'{directory / CONFIG}: {error}') from error
   spec = dataclasses.replace(
-    _spec(config, present, where),
-    trainable='|'.join(map(re.escape, sorted(names))),
+    spec, trainable='|'.join(map(re.escape, sorted(names)))
   )
   for path in dict.fromkeys(where[module][0] for module in found):
     names = paths.names(path, flat[path])
@@ -158,6 +156,51 @@ def load_adapter(directory: str | Path, base: dict[str, Any]) -> dict[str, Any]:
   for path in dict.fromkeys(trained[module][0] for module in whole):
     adapter[path] = _stacked(directory, path, flat[path], whole)
   return paths.unflatten(adapter)
+
+
+def _check_types(directory: Path, config: dict[str, Any]) -> None:
+  """Raises ValueError for an option that is not what PEFT writes there."""
+
+  def number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+  def pattern(value: Any) -> bool:
+    try:
+      return bool(re.compile(value))
+    except (re.error, TypeError, RecursionError, OverflowError):
+      return False
+
+  def alphas(value: Any) -> bool:
+    if not isinstance(value, dict):
+      return value is None
+    return all(map(pattern, value)) and all(map(number, value.values()))
+
+  def names(value: Any) -> bool:
+    if not isinstance(value, list):
+      return value is None
+    return all(isinstance(name, str) for name in value)
+
+  def switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+  expected = {
+    'lora_alpha': (number, 'a number'),
+    'lora_dropout': (number, 'a number'),
+    'alpha_pattern': (alphas, '{regular expression: number}'),
+    'modules_to_save': (names, 'a list of names'),
+    'use_dora': (switch, 'true or false'),
+    'use_rslora': (switch, 'true or false'),
+  }
+  needed = ('lora_alpha', 'lora_dropout')
+  for option, (fits, what) in expected.items():
+    value = config[option] if option in config else None
+    if option not in config and option not in needed:
+      continue
+    if not fits(value):
+      raise ValueError(
+        f'{directory}: {CONFIG} has {option}={repr(value)[:80]}: expected '
+        f'{what}'
+      )
 
 
 def _trainable(

@@ -309,6 +309,15 @@ def test_a_file_without_vocabulary(path):
     GGUFCheckpoint(path).tokenizer()
 
 
+@pytest.mark.parametrize('merges', [['unheard of'], ['h'], ['h e l']])
+def test_a_vocabulary_that_is_none(path, merges, monkeypatch):
+  monkeypatch.setitem(globals(), '_MERGES', merges)
+  write(path)
+  with pytest.raises(ValueError, match=r'its vocabulary cannot be read') as e:
+    GGUFCheckpoint(path).tokenizer()
+  assert str(path) in str(e.value)
+
+
 def test_splitting_rules_are_the_ones_of_the_models():
   """As transformers has them: of Qwen 2's tokenizer, tiktoken's, and GGUFs'."""
   from transformers.convert_slow_tokenizer import TikTokenConverter

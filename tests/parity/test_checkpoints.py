@@ -128,16 +128,23 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
   return load_file(folder / 'model.safetensors')
 
 
+# Some linear layers, and all of them.
+SOME = {'targets': r'.*/(q|down)/kernel'}
+
+
+@pytest.mark.parametrize('some', [{}, SOME])
 @pytest.mark.parametrize('double', [False, True])
-def test_our_four_bits_are_theirs(source, double, tmp_path):
+def test_our_four_bits_are_theirs(source, double, some, tmp_path):
   model, base, _ = load_pretrained(
-    source, QuantSpec(double_quant=double), remat='none'
+    source, QuantSpec(double_quant=double, **some), remat='none'
   )
   export_base(tmp_path / 'out', base, source, 'float32')
   theirs = loaded_by_them(tmp_path / 'out')
   module = theirs.model.layers[0].self_attn.q_proj
   assert type(module).__name__ == 'Linear4bit'
   assert module.weight.quant_state.nested == double
+  other = type(theirs.model.layers[0].self_attn.k_proj).__name__
+  assert other == ('Linear' if some else 'Linear4bit')
   got = strangers.logits(theirs, TOKENS)
   assert ours.relative(got, ours.logits(model, base, TOKENS)) <= 1e-5
 
@@ -148,10 +155,12 @@ def trained(source: Path, method: str, quant: QuantSpec | None) -> Any:
   return model, base, tiny.perturbed(adapter)
 
 
-@pytest.mark.parametrize('method', ['lora', 'dora'])
-def test_folded_serves_what_was_trained(source, method, tmp_path):
+@pytest.mark.parametrize(
+  ('method', 'some'), [('lora', {}), ('dora', {}), ('dora', SOME)]
+)
+def test_folded_serves_what_was_trained(source, method, some, tmp_path):
   """transformers + bitsandbytes + peft, which is told of no DoRA."""
-  model, base, adapter = trained(source, method, QuantSpec())
+  model, base, adapter = trained(source, method, QuantSpec(**some))
   export_folded(tmp_path / 'out', base, adapter, source)
   theirs = loaded_by_them(tmp_path / 'out' / 'model')
   with strangers.quiet():
