@@ -134,11 +134,35 @@ class Layout:
       params: tree in the layout of `kernels`.
       *args, **kwargs: of the model's apply; other collections (batch_stats)
         go in as variables={...}.
+
+    Raises:
+      ValueError: if a leaf that is no array is no known kernel's, or the model
+        did not run with it: what is adapted there would be missed.
     """
     others = kwargs.pop('variables', {})
     variables = {**others, 'params': self.original(params)}
-    with nn.intercept_methods(functools.partial(_run, self)):
-      return self.model.apply(variables, *args, **kwargs)
+    waiting = {
+      path.rpartition('/')[0]: path
+      for path, leaf in paths.flatten(params).items()
+      if not _is_array(leaf)
+    }
+    for module, path in waiting.items():
+      if module not in self.found:
+        why = self.left[path] if path in self.left else 'it is no kernel'
+        raise ValueError(
+          f'{path} is quantized or adapted, and {why}: it would be missed. '
+          'Choose targets that leave it out (`layout.check` tells)'
+        )
+    ran: set[str] = set()
+    with nn.intercept_methods(functools.partial(_run, self, ran)):
+      out = self.model.apply(variables, *args, **kwargs)
+    missed = [path for module, path in waiting.items() if module not in ran]
+    if missed:
+      raise ValueError(
+        f'{missed[0]} is quantized or adapted, and the model did not run with '
+        'it this time, as it did when it was traced; trace it as it is called'
+      )
+    return out
 
   def check(self, targets: str) -> None:
     """Raises ValueError if a rule matches an array that is no known kernel.
@@ -258,7 +282,7 @@ _MODULES = {
 }
 
 
-def _run(layout: Layout, next_fun, args, kwargs, context) -> Any:
+def _run(layout: Layout, ran: set[str], next_fun, args, kwargs, context) -> Any:
   """Runs one module's method, by `linear` if its kernel is no array."""
   module = context.module
   path = '/'.join(module.path)
@@ -267,6 +291,7 @@ def _run(layout: Layout, next_fun, args, kwargs, context) -> Any:
   leaf = module.get_variable('params', _leaf_name(module))
   if _is_array(leaf):
     return next_fun(*args, **kwargs)
+  ran.add(path)
   kernel = layout.found[path]
   shape = (*kernel.into, *kernel.out)
   hooks = {}

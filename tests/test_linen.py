@@ -230,6 +230,30 @@ def test_what_would_be_missed_is_an_error():
   with pytest.raises(ValueError, match=r'inner/kernel, and no Dense.*missed'):
     layout.check(ALL)
   layout.check(r'inner/known/kernel')
+  # Without that check, too.
+  base = quantize(layout.kernels(params), QuantSpec(ALL, block_size=8))
+  with pytest.raises(ValueError, match=r'inner/kernel is quantized .* missed'):
+    layout.apply(base, x)
+
+
+class Sometimes(nn.Module):
+  """A layer that only some calls run."""
+
+  @nn.compact
+  def __call__(self, x, deep=True):
+    return nn.Dense(8, name='more')(x) if deep else x
+
+
+def test_a_kernel_that_a_call_passes_over_is_an_error():
+  model, x = Sometimes(), jnp.ones((2, 8))
+  params = model.init(jax.random.key(0), x)['params']
+  layout = linen.trace(model, params, x)
+  base = quantize(layout.kernels(params), QuantSpec(ALL, block_size=8))
+  layout.apply(base, x)
+  with pytest.raises(ValueError, match=r'more/kernel is .* did not run with'):
+    layout.apply(base, x, deep=False)
+  # What is an array may be passed over.
+  layout.apply(layout.kernels(params), x, deep=False)
 
 
 @pytest.mark.parametrize(

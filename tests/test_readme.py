@@ -35,7 +35,7 @@ def test_your_own_data_in_six_lines(tmp_path, monkeypatch):
 
 
 def test_the_library_in_twenty_lines(tmp_path, monkeypatch):
-  _, program, _ = programs(tmp_path, monkeypatch)
+  _, program, *_ = programs(tmp_path, monkeypatch)
   space = executed(program)
   assert space['value'] > 0
   before = space['init_adapter'](
@@ -46,6 +46,14 @@ def test_the_library_in_twenty_lines(tmp_path, monkeypatch):
   )
   assert abs(q.lora_b - was.lora_b).max() > 0
   assert (tmp_path / 'my-adapter' / 'adapter_model.safetensors').is_file()
+
+
+def test_onto_a_mesh(tmp_path, monkeypatch):
+  _, _, program, *_ = programs(tmp_path, monkeypatch)
+  space = executed(program)
+  assert space['mesh'].shape == {'data': 1, 'fsdp': 8, 'tensor': 1}
+  kernel = space['base']['layers']['mlp']['down']['kernel']
+  assert len(kernel.codes.sharding.device_set) == 8
 
 
 def test_another_models_kernels(tmp_path, monkeypatch, capsys):
