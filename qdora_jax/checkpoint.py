@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
-from qdora_jax import paths
+from qdora_jax import paths, processes
 
 
 class Restored(NamedTuple):
@@ -71,7 +70,7 @@ class Checkpoints:
     # them, and for the log.
     need = int(1.02 * sum(a.nbytes for a in flat.values())) + 2**20
     free = shutil.disk_usage(self.directory).free
-    if free < need:
+    if processes.agree(free < need):
       raise OSError(
         f'No space left on device: {need / 1e6:.1f} MB needed, '
         f'{free / 1e6:.1f} MB free'
@@ -104,14 +103,20 @@ class Checkpoints:
     flat, damaged = _flat(state), []
     for step in steps:
       where = self.directory / str(step)
+      meta, saved, wrong, reason = {}, {}, '', ''
       try:
-        meta = self._meta(step)
+        meta = _meta(where)
         wrong = _mismatch(meta, identity, flat)
-        saved = {} if wrong else self._arrays(step, flat)
-        _verify(saved, meta['arrays'])
+        saved = {} if wrong else _arrays(where, flat)
       except _DAMAGE as error:
-        damaged.append(step)
         reason = _reason(error)
+      # Each process has read its own part.
+      if processes.agree(bool(reason)):
+        reason = reason or 'as another process found'
+      elif saved:
+        reason = _changed(saved, meta['arrays'])
+      if reason:
+        damaged.append(step)
         print(f'the checkpoint {where} is damaged ({reason}); passed over')
         continue
       if wrong:
@@ -125,31 +130,10 @@ class Checkpoints:
       f'{", ".join(map(str, damaged))}); start again with another --workdir'
     )
 
-  def _meta(self, step: int) -> dict[str, Any]:
-    items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    meta = dict(self._manager.restore(step, args=items).meta)
-    if meta.pop('checksum') != _checksum_of(meta):
-      raise ValueError('meta is not what was saved')
-    return meta
-
-  def _arrays(self, step: int, flat: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """One after the other: of many at once orbax tells each failure itself."""
-    saved = {}
-    for name, like in flat.items():
-      # What is missing comes back as it went: as 0.
-      args = ocp.args.PyTreeRestore(
-        {name: 0},
-        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
-        partial_restore=True,
-      )
-      item = self._manager.restore(step, args=ocp.args.Composite(state=args))
-      saved[name] = jax.device_put(item.state[name], like.sharding)
-    return saved
-
   def _set_aside(self, damaged: list[int]) -> None:
     """Their steps can be saved again."""
     aside = self.directory.with_name(f'{self.directory.name}-damaged')
-    for step in damaged:
+    for step in damaged if processes.first() else []:
       aside.mkdir(exist_ok=True)
       to = aside / str(step)
       while to.exists():
@@ -157,6 +141,7 @@ class Checkpoints:
       (self.directory / str(step)).rename(to)
       print(f'moved to {to}', flush=True)
     if damaged:
+      processes.agree(0)  # It is done.
       self._manager.reload()
 
   def close(self) -> None:
@@ -193,6 +178,40 @@ def _reason(error: Exception) -> str:
   return ': '.join(words.split(': ')[-2:])[:200]
 
 
+def _meta(where: Path) -> dict[str, Any]:
+  """What was noted; checked against its checksum."""
+  meta = json.loads((where / 'meta' / 'metadata').read_text())
+  if meta.pop('checksum') != _checksum_of(meta):
+    raise ValueError('meta is not what was saved')
+  return meta
+
+
+def _arrays(where: Path, flat: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Each array where `flat` has it: a device reads its own part of the file.
+
+  One after the other: of many at once orbax tells each failure itself.
+  """
+  me = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}
+  )
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+  saved = {}
+  with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+    for name, like in flat.items():
+      place = like.sharding or jax.sharding.SingleDeviceSharding(
+        jax.devices()[0]
+      )
+      # What is missing comes back as it went: as 0.
+      args = ocp.args.PyTreeRestore(
+        {name: 0},
+        restore_args={name: ocp.ArrayRestoreArgs(sharding=place)},
+        partial_restore=True,
+      )
+      saved[name] = reader.restore(where / 'state', args=args)[name]
+  return saved
+
+
 def _mismatch(
   meta: Mapping[str, Any], identity: Mapping[str, str], flat: Mapping[str, Any]
 ) -> str:
@@ -220,12 +239,13 @@ def _describe(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
   }
 
 
-def _verify(saved: Mapping[str, jax.Array], then: Mapping[str, Any]) -> None:
-  """Raises ValueError for an array that is not what was saved."""
+def _changed(saved: Mapping[str, jax.Array], then: Mapping[str, Any]) -> str:
+  """Which array is not what was saved, in words; or ''."""
   now = _describe(saved)
   for name in now:
     if now[name] != then[name]:
-      raise ValueError(f'{name} is not what was saved')
+      return f'{name} is not what was saved'
+  return ''
 
 
 def _checksum_of(meta: Mapping[str, Any]) -> int:

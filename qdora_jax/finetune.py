@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import tqdm
 
-from qdora_jax import data, folder, optim, report, train
+from qdora_jax import data, folder, optim, processes, report, train
 from qdora_jax.config import RunConfig
 from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
 from qdora_jax.metrics import peak_memory, read_log
 from qdora_jax.run import Run
+from qdora_jax.sharding import gather
 
 Tree = dict[str, Any]
 AFTER = 'fine-tuned'
@@ -58,21 +59,29 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
       scores[AFTER] = run.evaluate(label=AFTER)
       folder.save_scores(workdir, scores)
     if run.base:
-      try:
-        run.export(workdir / 'adapter')
-      except ValueError as error:
-        print(f'no PEFT files: {error}')
+      _export(run)
     rows = read_log(workdir / 'metrics.jsonl')
-    title = (
-      f'{config.data.path or config.data.name}, adapter '
-      f'{config.adapter.method}, quantization {config.quant.format}'
-    )
-    report.plot(workdir / 'curves.png', rows, scores, title)
+    if processes.first():
+      title = (
+        f'{config.data.path or config.data.name}, adapter '
+        f'{config.adapter.method}, quantization {config.quant.format}'
+      )
+      report.plot(workdir / 'curves.png', rows, scores, title)
     summary = _summary(run, batches, rows)
     summary['seconds'] = round(time.perf_counter() - began, 1)
     folder.write(workdir / 'summary.json', summary)
   _show_results(summary, scores, workdir)
   return scores
+
+
+def _export(run: Run) -> None:
+  """PEFT files, where PEFT has a form for what was trained."""
+  run.trained = gather(run.trained)
+  if processes.first():
+    try:
+      run.export(run.workdir / 'adapter')
+    except ValueError as error:
+      print(f'no PEFT files: {error}')
 
 
 def _show_plan(run: Run, batches: Batches) -> None:

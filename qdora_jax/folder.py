@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qdora_jax import processes
 from qdora_jax.config import RunConfig
 from qdora_jax.evaluate import Score
 from qdora_jax.interop.hf import read_json
@@ -119,7 +120,9 @@ def save_scores(workdir: Path, scores: Mapping[str, Score]) -> None:
 
 
 def write(path: Path, values: Any) -> None:
-  """JSON, whole or not at all."""
+  """JSON, whole or not at all; of many processes the first writes it."""
+  if not processes.first():
+    return
   part = path.with_suffix('.part')
   part.write_text(json.dumps(values, indent=2) + '\n')
   part.replace(path)

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tqdm
 
 from qdora_jax import chat, data, evaluate, folder, optim, paths, train
@@ -34,7 +33,7 @@ from qdora_jax.pretrained import (
   open_checkpoint,
 )
 from qdora_jax.rows import Row
-from qdora_jax.sharding import make_mesh, shard_batch
+from qdora_jax.sharding import gather, make_mesh, shard_batch
 from qdora_jax.specs import TAKEN, AdapterSpec
 from qdora_jax.transforms import freeze
 
@@ -118,7 +117,7 @@ class Run:
       f'{checkpoint.fingerprint()} {quant}',
       notes,
       # On the host: training gives away the memory of what it trains.
-      jax.tree.map(np.asarray, trained) if taken else None,
+      gather(trained) if taken else None,
     )
 
   @property
@@ -329,6 +328,13 @@ def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
     )
   if m.fsdp != -1:
     devices = devices[:need]
+  if len(devices) < len(jax.devices()) and jax.process_count() > 1:
+    raise ValueError(
+      f'config.mesh uses {need} of {len(jax.devices())} devices, and every one '
+      f'of {jax.process_count()} processes takes part with all that it has; '
+      f'expected a product of {len(jax.devices())} (fsdp=-1 takes all that are '
+      'left), or fewer processes'
+    )
   mesh = make_mesh(m.data, m.fsdp, m.tensor, devices)
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   part = config.train.batch_size // config.train.microbatches

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qdora_jax import optim
+from qdora_jax import optim, processes
 from qdora_jax.adapter import Adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.data import Batch
@@ -221,7 +221,8 @@ def fit(
     stopped = stack.enter_context(_signals(checkpoints is not None))
     if checkpoints is not None:
       stack.callback(checkpoints.close)
-    path = None if workdir is None else workdir / 'metrics.jsonl'
+    logged = workdir is not None and processes.first()
+    path = workdir / 'metrics.jsonl' if logged else None
     log = stack.enter_context(Log(path, position))
     progress = stack.enter_context(Progress(start, steps))
     for n in range(start, steps):
@@ -268,7 +269,8 @@ def fit(
       progress.show(n + 1, row)
       if in_a_row >= max_skipped:
         raise NotFiniteError(_persistent(n + 1, in_a_row, checkpoints))
-      ended = ended or stopped()
+      told = stopped()  # Every process asks.
+      ended = ended or told
       if ended or (n + 1) % save_every == 0 or n + 1 == steps:
         save(n + 1)
       if ended == 'a callback':
@@ -305,8 +307,11 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _signals(active: bool) -> Iterator[Callable[[], str | None]]:
-  """Notes SIGTERM and SIGINT while a step runs; a second SIGINT interrupts."""
-  noted: list[str] = []
+  """Notes SIGTERM and SIGINT while a step runs; a second SIGINT interrupts.
+
+  What is noted by one of many processes is told to all.
+  """
+  noted: list[int] = []
   # Only the main thread can be told of signals.
   active = active and threading.current_thread() is threading.main_thread()
   before = {}
@@ -314,13 +319,17 @@ def _signals(active: bool) -> Iterator[Callable[[], str | None]]:
   def note(number: int, frame: Any) -> None:
     if noted and number == signal.SIGINT:
       raise KeyboardInterrupt
-    noted.append(signal.Signals(number).name)
+    noted.append(number)
+
+  def asked() -> str | None:
+    number = processes.agree(noted[0] if noted else 0)
+    return signal.Signals(number).name if number else None
 
   if active:
     for number in (signal.SIGTERM, signal.SIGINT):
       before[number] = signal.signal(number, note)
   try:
-    yield lambda: noted[0] if noted else None
+    yield asked
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)

@@ -18,7 +18,7 @@ FLOORS = {
   4: ('cli',),
 }
 FLOORS[3] += ('loss', 'train', 'generate', 'evaluate', 'report')
-FLOORS[3] += ('folder', 'run', 'finetune')
+FLOORS[3] += ('folder', 'run', 'finetune', 'processes')
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 
