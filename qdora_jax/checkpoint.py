@@ -10,7 +10,7 @@ import contextlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +32,45 @@ class Restored(NamedTuple):
 class Checkpoints:
   """The checkpoints of a run, one directory a step."""
 
-  def __init__(self, directory: Path, keep: int = 2):
+  def __init__(self, directory: Path, keep_last: int = 2, keep_best: int = 0):
+    """Opens a directory, or makes it.
+
+    Args:
+      directory: of this run alone.
+      keep_last: so many of the newest are kept,
+      keep_best: and so many of those with the lowest held-out loss: `save`'s
+        meta['held_out_loss'].
+    """
     self.directory = directory.absolute()
+    self._keep = (keep_last, keep_best)
+    self._losses: dict[int, float] = {}
     self._manager = ocp.CheckpointManager(
       self.directory,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=self, create=True
+      ),
     )
+    for step in self._manager.all_steps():
+      with contextlib.suppress(*_DAMAGE):
+        self._note(step, _meta(self.directory / str(step)))
+
+  def _note(self, step: int, meta: Mapping[str, Any]) -> None:
+    if 'held_out_loss' in meta and meta['held_out_loss'] is not None:
+      self._losses[step] = meta['held_out_loss']
+
+  def should_preserve(
+    self, found: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    """Which checkpoints stay; orbax asks before it deletes any."""
+    last, best = self._keep
+    steps = sorted(checkpoint.step for checkpoint in found)
+    kept = {*steps[-last:], *self._best(steps)[:best]}
+    return [checkpoint.step in kept for checkpoint in found]
+
+  def _best(self, steps: Sequence[int]) -> list[int]:
+    """Those with a held-out loss, the lowest first; of equal ones the older."""
+    some = (step for step in sorted(steps) if step in self._losses)
+    return sorted(some, key=self._losses.__getitem__)
 
   def latest(self) -> int | None:
     """The newest step saved, or None."""
@@ -52,6 +85,7 @@ class Checkpoints:
       OSError: if this one, or the one before, could not be written.
     """
     flat = _flat(state)
+    self._note(step, meta)
     meta = {**meta, 'arrays': _describe(flat)}
     with self._writing():
       self._manager.wait_until_finished()
@@ -81,15 +115,18 @@ class Checkpoints:
     state: Any,
     identity: Mapping[str, str],
     *,
+    which: str | int = 'last',
     set_aside: bool = False,
   ) -> Restored:
-    """The newest checkpoint that is whole.
+    """The newest checkpoint that is whole, or another.
 
     One that is not is named and passed over.
 
     Args:
-      state: a tree of the same structure: arrays, or abstract ones.
+      state: a tree of the same structure: arrays, or abstract ones; what is
+        restored lies where they do, on however many devices it was saved.
       identity: entries of meta that must be the same, {what it is: value}.
+      which: 'last', 'best' (of the lowest held-out loss) or a step.
       set_aside: moves damaged checkpoints out of the way, so that their steps
         can be saved again.
 
@@ -97,11 +134,8 @@ class Checkpoints:
       FileNotFoundError: if there is none.
       ValueError: if it belongs to something else, or none is whole.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    if not steps:
-      raise FileNotFoundError(f'no checkpoint in {self.directory}; train first')
     flat, damaged = _flat(state), []
-    for step in steps:
+    for step in self._found(which):
       where = self.directory / str(step)
       meta, saved, wrong, reason = {}, {}, '', ''
       try:
@@ -129,6 +163,29 @@ class Checkpoints:
       f'no checkpoint in {self.directory} is whole (steps '
       f'{", ".join(map(str, damaged))}); start again with another --workdir'
     )
+
+  def _found(self, which: str | int) -> list[int]:
+    """Steps to try, in this order."""
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    have = ', '.join(map(str, steps))
+    if not steps:
+      raise FileNotFoundError(f'no checkpoint in {self.directory}; train first')
+    if which == 'last':
+      return steps
+    if which == 'best':
+      if not self._best(steps):
+        raise FileNotFoundError(
+          f'no checkpoint in {self.directory} has a held-out loss to be the '
+          f'best by (steps {have}); expected a run with config.train.keep_best '
+          'and config.eval.every'
+        )
+      return self._best(steps)
+    if which not in steps:
+      raise FileNotFoundError(
+        f'no checkpoint of step {which} in {self.directory}; there are steps '
+        f'{have}'
+      )
+    return [which]
 
   def _set_aside(self, damaged: list[int]) -> None:
     """Their steps can be saved again."""

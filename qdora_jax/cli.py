@@ -7,6 +7,7 @@
   qdora generate --workdir DIR --prompt TEXT [--max-new-tokens N] [--raw]
   qdora export   --workdir DIR --format peft|merged|folded|base --out DIR
 
+The last three take --checkpoint last|best|STEP: the newest one otherwise.
 The same train command again continues an interrupted run.
 """
 
@@ -214,13 +215,15 @@ def _places(known: argparse.Namespace) -> list[processes.Place]:
 
 def _evaluate(argv: list[str]) -> None:
   parser = _parser('evaluate')
+  _add_checkpoint(parser)
   parser.add_argument(
     '--shots', type=int, default=0, help='solved examples in the prompt'
   )
   known = parser.parse_args(argv)
   from qdora_jax.run import load_run
 
-  score = load_run(known.workdir).evaluate(shots=known.shots, label='evaluate')
+  run = load_run(known.workdir, known.checkpoint)
+  score = run.evaluate(shots=known.shots, label='evaluate')
   print(score)
   for question, given, expected in score.samples:
     print(f'\n{question}\n  answered: {given}\n  expected: {expected}')
@@ -228,6 +231,7 @@ def _evaluate(argv: list[str]) -> None:
 
 def _generate(argv: list[str]) -> None:
   parser = _parser('generate')
+  _add_checkpoint(parser)
   parser.add_argument('--prompt', required=True)
   parser.add_argument('--max-new-tokens', type=int, default=100)
   parser.add_argument('--temperature', type=float, default=0.0)
@@ -238,7 +242,7 @@ def _generate(argv: list[str]) -> None:
   known = parser.parse_args(argv)
   from qdora_jax.run import load_run
 
-  run = load_run(known.workdir)
+  run = load_run(known.workdir, known.checkpoint)
   answer = run.generate(
     known.prompt,
     known.max_new_tokens,
@@ -251,6 +255,7 @@ def _generate(argv: list[str]) -> None:
 
 def _export(argv: list[str]) -> None:
   parser = _parser('export')
+  _add_checkpoint(parser)
   parser.add_argument('--out', type=Path, required=True)
   parser.add_argument(
     '--format',
@@ -267,7 +272,8 @@ def _export(argv: list[str]) -> None:
   known = parser.parse_args(argv)
   from qdora_jax.run import load_run
 
-  load_run(known.workdir).export(known.out, known.format, known.dtype)
+  run = load_run(known.workdir, known.checkpoint)
+  run.export(known.out, known.format, known.dtype)
   print(f'wrote {known.out}: {", ".join(_listing(known.out))}')
 
 
@@ -281,6 +287,27 @@ def _parser(command: str) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(f'qdora {command}', allow_abbrev=False)
   parser.add_argument('--workdir', type=Path, required=True)
   return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    '--checkpoint',
+    type=_checkpoint,
+    default='last',
+    metavar='last|best|STEP',
+    help='which to take: the newest, that of the lowest held-out loss, or one '
+    'of a step',
+  )
+
+
+def _checkpoint(word: str) -> str | int:
+  if word in ('last', 'best'):
+    return word
+  if not word.isdigit():
+    raise argparse.ArgumentTypeError(
+      f"{word!r}: expected 'last', 'best' or a step"
+    )
+  return int(word)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,8 @@
   checkpoints/    orbax: what is trained, the optimizer, where the data stood
   adapter/        PEFT files, where PEFT has a form for what was trained
 
-A folder belongs to one config. Files appear whole or not at all.
+A folder belongs to one config, whatever devices it goes on with: config.mesh
+may change. Files appear whole or not at all.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ def check(config: RunConfig, workdir: Path) -> None:
     )
   if not (workdir / 'config.json').exists():
     return
+  config = dataclasses.replace(config, mesh=config_of(workdir).mesh)
   theirs = dataclasses.asdict(config_of(workdir))
   mine = json.loads(json.dumps(dataclasses.asdict(config)))
   changed = _difference(theirs, mine, 'config')

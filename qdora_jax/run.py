@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,11 @@ class Run:
   @property
   def identity(self) -> dict[str, str]:
     """What its checkpoints belong to."""
-    text = json.dumps(self.config.settings(), sort_keys=True)
+    # On other devices than it began on it is the same run.
+    began = self.config
+    if (self.workdir / 'config.json').exists():
+      began = folder.config_of(self.workdir)
+    text = json.dumps(began.settings(), sort_keys=True)
     config = hashlib.sha256(text.encode()).hexdigest()[:16]
     return {'base': self.fingerprint, 'config': config}
 
@@ -348,6 +353,23 @@ def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
   return mesh if mesh.size > 1 else None
 
 
+def _here(config: RunConfig) -> RunConfig:
+  """The config, on as many of the devices here as can share its batches."""
+  try:
+    _mesh(config)
+    return config
+  except ValueError:
+    m, count = config.mesh, len(jax.devices())
+  part = config.train.batch_size // config.train.microbatches
+  fsdp = math.gcd(part, count)
+  print(
+    f'config.mesh is data={m.data}, fsdp={m.fsdp}, tensor={m.tensor}; of the '
+    f'{count} devices here fsdp={fsdp} is taken'
+  )
+  mesh = dataclasses.replace(m, data=1, fsdp=fsdp, tensor=1)
+  return dataclasses.replace(config, mesh=mesh)
+
+
 def _loaded(path: str, base: Tree, fresh: Tree, spec: AdapterSpec) -> Tree:
   """A PEFT adapter in a fresh one's place; it must be what the config says."""
   found = paths.flatten(load_adapter(path, base))
@@ -400,11 +422,16 @@ def _bar(parts: Any, label: str) -> Any:
   return tqdm.tqdm(parts, label, leave=False, disable=None)
 
 
-def load_run(workdir: str | Path) -> Run:
-  """A trained run, at its newest checkpoint that is whole.
+def load_run(workdir: str | Path, checkpoint: str | int = 'last') -> Run:
+  """A trained run, on the devices there are.
+
+  Args:
+    workdir: its folder.
+    checkpoint: 'last' (the newest that is whole), 'best' (of the lowest
+      held-out loss; see config.train.keep_best) or a step.
 
   Raises:
-    FileNotFoundError: if workdir is no run folder or has no checkpoint yet.
+    FileNotFoundError: if workdir is no run folder or has no such checkpoint.
     ValueError: if the base is not the one that was trained on.
   """
   workdir = Path(workdir)
@@ -418,7 +445,7 @@ def load_run(workdir: str | Path) -> Run:
     raise FileNotFoundError(
       f'no checkpoint in {workdir / "checkpoints"}; train first'
     )
-  run = Run.open(config, workdir)
+  run = Run.open(_here(config), workdir)
   state = train.initial_state(
     run.trained,
     optim.from_config(
@@ -429,7 +456,7 @@ def load_run(workdir: str | Path) -> Run:
   )
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:
-    restored = checkpoints.restore(state, run.identity)
+    restored = checkpoints.restore(state, run.identity, which=checkpoint)
   finally:
     checkpoints.close()
   run.trained = restored.state['trained']

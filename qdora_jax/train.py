@@ -141,6 +141,8 @@ def fit(
   mesh: jax.sharding.Mesh | None = None,
   workdir: str | Path | None = None,
   save_every: int = 100,
+  keep_last: int = 2,
+  keep_best: int = 0,
   identity: Mapping[str, str] | None = None,
   callbacks: Sequence[Callback] = (),
   max_skipped: int = 5,
@@ -164,6 +166,9 @@ def fit(
     workdir: for metrics.jsonl and checkpoints/; the same call again then
       continues, bit for bit. SIGTERM and Ctrl-C save before they end it.
     save_every: steps between checkpoints.
+    keep_last: checkpoints that are kept; older ones are deleted,
+    keep_best: but for so many of those with the lowest held_out_loss, which a
+      callback gave; what has one is saved, too.
     identity: what a checkpoint must belong to, {what it is: value}.
     callbacks: each is called as f(step, row, trained) after every step; row is
       what will be logged, and a mapping that it returns is logged too.
@@ -196,7 +201,7 @@ def fit(
   if workdir is not None:
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir / 'checkpoints')
+    checkpoints = Checkpoints(workdir / 'checkpoints', keep_last, keep_best)
     if checkpoints.latest() is not None:
       start, state, meta = checkpoints.restore(
         state, identity or {}, set_aside=True
@@ -210,10 +215,11 @@ def fit(
   rng = jax.random.wrap_key_data(state['rng'])
   rows: list[dict[str, Any]] = []
 
-  def save(n: int) -> None:
+  def save(n: int, held_out_loss: float | None = None) -> None:
     if checkpoints is not None and checkpoints.latest() != n:
       meta = {**(identity or {}), 'data': _position(source), 'skipped': skipped}
-      checkpoints.save(n, state, {**meta, 'log': log.position()})
+      meta |= {'log': log.position(), 'held_out_loss': held_out_loss}
+      checkpoints.save(n, state, meta)
 
   in_a_row = 0
   with contextlib.ExitStack() as stack:
@@ -271,8 +277,10 @@ def fit(
         raise NotFiniteError(_persistent(n + 1, in_a_row, checkpoints))
       told = stopped()  # Every process asks.
       ended = ended or told
-      if ended or (n + 1) % save_every == 0 or n + 1 == steps:
-        save(n + 1)
+      held_out = row['held_out_loss'] if 'held_out_loss' in row else None
+      rated = keep_best and held_out is not None
+      if ended or rated or (n + 1) % save_every == 0 or n + 1 == steps:
+        save(n + 1, held_out)
       if ended == 'a callback':
         print(f'a callback ended the training after step {n + 1}', flush=True)
         break
