@@ -60,13 +60,14 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
       folder.save_scores(workdir, scores)
     if run.base:
       _export(run)
+    if not processes.first():
+      return scores
     rows = read_log(workdir / 'metrics.jsonl')
-    if processes.first():
-      title = (
-        f'{config.data.path or config.data.name}, adapter '
-        f'{config.adapter.method}, quantization {config.quant.format}'
-      )
-      report.plot(workdir / 'curves.png', rows, scores, title)
+    title = (
+      f'{config.data.path or config.data.name}, adapter '
+      f'{config.adapter.method}, quantization {config.quant.format}'
+    )
+    report.plot(workdir / 'curves.png', rows, scores, title)
     summary = _summary(run, batches, rows)
     summary['seconds'] = round(time.perf_counter() - began, 1)
     folder.write(workdir / 'summary.json', summary)

@@ -149,7 +149,10 @@ def shard(tree: Any, mesh: Mesh, rules: Any = RULES) -> Any:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-  """Splits the leading axis of every array over `data` and `fsdp`."""
+  """Splits the leading axis of every array over `data` and `fsdp`.
+
+  Of many processes each makes the same batch, and puts its own rows alone.
+  """
   sharding = NamedSharding(mesh, BATCH)
   return jax.tree.map(lambda a: put(np.asarray(a), sharding), batch)
 
