@@ -10,16 +10,15 @@ import contextlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
-from qdora_jax import paths
+from qdora_jax import paths, processes
 
 
 class Restored(NamedTuple):
@@ -33,12 +32,45 @@ class Restored(NamedTuple):
 class Checkpoints:
   """The checkpoints of a run, one directory a step."""
 
-  def __init__(self, directory: Path, keep: int = 2):
+  def __init__(self, directory: Path, keep_last: int = 2, keep_best: int = 0):
+    """Opens a directory, or makes it.
+
+    Args:
+      directory: of this run alone.
+      keep_last: so many of the newest are kept,
+      keep_best: and so many of those with the lowest held-out loss: `save`'s
+        meta['held_out_loss'].
+    """
     self.directory = directory.absolute()
+    self._keep = (keep_last, keep_best)
+    self._losses: dict[int, float] = {}
     self._manager = ocp.CheckpointManager(
       self.directory,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=self, create=True
+      ),
     )
+    for step in self._manager.all_steps():
+      with contextlib.suppress(*_DAMAGE):
+        self._note(step, _meta(self.directory / str(step)))
+
+  def _note(self, step: int, meta: Mapping[str, Any]) -> None:
+    if 'held_out_loss' in meta and meta['held_out_loss'] is not None:
+      self._losses[step] = meta['held_out_loss']
+
+  def should_preserve(
+    self, found: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    """Which checkpoints stay; orbax asks before it deletes any."""
+    last, best = self._keep
+    steps = sorted(checkpoint.step for checkpoint in found)
+    kept = {*steps[-last:], *self._best(steps)[:best]}
+    return [checkpoint.step in kept for checkpoint in found]
+
+  def _best(self, steps: Sequence[int]) -> list[int]:
+    """Those with a held-out loss, the lowest first; of equal ones the older."""
+    some = (step for step in sorted(steps) if step in self._losses)
+    return sorted(some, key=self._losses.__getitem__)
 
   def latest(self) -> int | None:
     """The newest step saved, or None."""
@@ -53,6 +85,7 @@ class Checkpoints:
       OSError: if this one, or the one before, could not be written.
     """
     flat = _flat(state)
+    self._note(step, meta)
     meta = {**meta, 'arrays': _describe(flat)}
     with self._writing():
       self._manager.wait_until_finished()
@@ -71,7 +104,7 @@ class Checkpoints:
     # them, and for the log.
     need = int(1.02 * sum(a.nbytes for a in flat.values())) + 2**20
     free = shutil.disk_usage(self.directory).free
-    if free < need:
+    if processes.agree(free < need):
       raise OSError(
         f'No space left on device: {need / 1e6:.1f} MB needed, '
         f'{free / 1e6:.1f} MB free'
@@ -82,15 +115,18 @@ class Checkpoints:
     state: Any,
     identity: Mapping[str, str],
     *,
+    which: str | int = 'last',
     set_aside: bool = False,
   ) -> Restored:
-    """The newest checkpoint that is whole.
+    """The newest checkpoint that is whole, or another.
 
     One that is not is named and passed over.
 
     Args:
-      state: a tree of the same structure: arrays, or abstract ones.
+      state: a tree of the same structure: arrays, or abstract ones; what is
+        restored lies where they do, on however many devices it was saved.
       identity: entries of meta that must be the same, {what it is: value}.
+      which: 'last', 'best' (of the lowest held-out loss) or a step.
       set_aside: moves damaged checkpoints out of the way, so that their steps
         can be saved again.
 
@@ -98,20 +134,23 @@ class Checkpoints:
       FileNotFoundError: if there is none.
       ValueError: if it belongs to something else, or none is whole.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    if not steps:
-      raise FileNotFoundError(f'no checkpoint in {self.directory}; train first')
     flat, damaged = _flat(state), []
-    for step in steps:
+    for step in self._found(which):
       where = self.directory / str(step)
+      meta, saved, wrong, reason = {}, {}, '', ''
       try:
-        meta = self._meta(step)
+        meta = _meta(where)
         wrong = _mismatch(meta, identity, flat)
-        saved = {} if wrong else self._arrays(step, flat)
-        _verify(saved, meta['arrays'])
+        saved = {} if wrong else _arrays(where, flat)
       except _DAMAGE as error:
-        damaged.append(step)
         reason = _reason(error)
+      # Each process has read its own part.
+      if processes.agree(bool(reason)):
+        reason = reason or 'as another process found'
+      elif saved:
+        reason = _changed(saved, meta['arrays'])
+      if reason:
+        damaged.append(step)
         print(f'the checkpoint {where} is damaged ({reason}); passed over')
         continue
       if wrong:
@@ -125,31 +164,33 @@ class Checkpoints:
       f'{", ".join(map(str, damaged))}); start again with another --workdir'
     )
 
-  def _meta(self, step: int) -> dict[str, Any]:
-    items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    meta = dict(self._manager.restore(step, args=items).meta)
-    if meta.pop('checksum') != _checksum_of(meta):
-      raise ValueError('meta is not what was saved')
-    return meta
-
-  def _arrays(self, step: int, flat: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """One after the other: of many at once orbax tells each failure itself."""
-    saved = {}
-    for name, like in flat.items():
-      # What is missing comes back as it went: as 0.
-      args = ocp.args.PyTreeRestore(
-        {name: 0},
-        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
-        partial_restore=True,
+  def _found(self, which: str | int) -> list[int]:
+    """Steps to try, in this order."""
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    have = ', '.join(map(str, steps))
+    if not steps:
+      raise FileNotFoundError(f'no checkpoint in {self.directory}; train first')
+    if which == 'last':
+      return steps
+    if which == 'best':
+      if not self._best(steps):
+        raise FileNotFoundError(
+          f'no checkpoint in {self.directory} has a held-out loss to be the '
+          f'best by (steps {have}); expected a run with config.train.keep_best '
+          'and config.eval.every'
+        )
+      return self._best(steps)
+    if which not in steps:
+      raise FileNotFoundError(
+        f'no checkpoint of step {which} in {self.directory}; there are steps '
+        f'{have}'
       )
-      item = self._manager.restore(step, args=ocp.args.Composite(state=args))
-      saved[name] = jax.device_put(item.state[name], like.sharding)
-    return saved
+    return [which]
 
   def _set_aside(self, damaged: list[int]) -> None:
     """Their steps can be saved again."""
     aside = self.directory.with_name(f'{self.directory.name}-damaged')
-    for step in damaged:
+    for step in damaged if processes.first() else []:
       aside.mkdir(exist_ok=True)
       to = aside / str(step)
       while to.exists():
@@ -157,6 +198,7 @@ class Checkpoints:
       (self.directory / str(step)).rename(to)
       print(f'moved to {to}', flush=True)
     if damaged:
+      processes.agree(0)  # It is done.
       self._manager.reload()
 
   def close(self) -> None:
@@ -193,6 +235,40 @@ def _reason(error: Exception) -> str:
   return ': '.join(words.split(': ')[-2:])[:200]
 
 
+def _meta(where: Path) -> dict[str, Any]:
+  """What was noted; checked against its checksum."""
+  meta = json.loads((where / 'meta' / 'metadata').read_text())
+  if meta.pop('checksum') != _checksum_of(meta):
+    raise ValueError('meta is not what was saved')
+  return meta
+
+
+def _arrays(where: Path, flat: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Each array where `flat` has it: a device reads its own part of the file.
+
+  One after the other: of many at once orbax tells each failure itself.
+  """
+  me = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}
+  )
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+  saved = {}
+  with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+    for name, like in flat.items():
+      place = like.sharding or jax.sharding.SingleDeviceSharding(
+        jax.devices()[0]
+      )
+      # What is missing comes back as it went: as 0.
+      args = ocp.args.PyTreeRestore(
+        {name: 0},
+        restore_args={name: ocp.ArrayRestoreArgs(sharding=place)},
+        partial_restore=True,
+      )
+      saved[name] = reader.restore(where / 'state', args=args)[name]
+  return saved
+
+
 def _mismatch(
   meta: Mapping[str, Any], identity: Mapping[str, str], flat: Mapping[str, Any]
 ) -> str:
@@ -220,12 +296,13 @@ def _describe(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
   }
 
 
-def _verify(saved: Mapping[str, jax.Array], then: Mapping[str, Any]) -> None:
-  """Raises ValueError for an array that is not what was saved."""
+def _changed(saved: Mapping[str, jax.Array], then: Mapping[str, Any]) -> str:
+  """Which array is not what was saved, in words; or ''."""
   now = _describe(saved)
   for name in now:
     if now[name] != then[name]:
-      raise ValueError(f'{name} is not what was saved')
+      return f'{name} is not what was saved'
+  return ''
 
 
 def _checksum_of(meta: Mapping[str, Any]) -> int:

@@ -1,10 +1,13 @@
 """The command line: qdora train | evaluate | generate | export.
 
   qdora train    --config FILE --workdir DIR [--config.section.key=value ...]
+                 [--processes N], or on each machine
+                 [--coordinator HOST:PORT --num-processes N --process-id I]
   qdora evaluate --workdir DIR [--shots N]
   qdora generate --workdir DIR --prompt TEXT [--max-new-tokens N] [--raw]
   qdora export   --workdir DIR --format peft|merged|folded|base --out DIR
 
+The last three take --checkpoint last|best|STEP: the newest one otherwise.
 The same train command again continues an interrupted run.
 """
 
@@ -14,13 +17,15 @@ import runpy
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import absl.logging
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qdora_jax import paths
+from qdora_jax import paths, processes
 from qdora_jax.config import RunConfig
 
 
@@ -44,8 +49,33 @@ def main(argv: list[str] | None = None) -> int:
     return 2
   # orbax logs a traceback of what it raises; it is told once, here.
   absl.logging.set_verbosity(absl.logging.FATAL)
+  place = processes.here()
+  if place is None:
+    return _run(commands[argv[0]], argv)
   try:
-    commands[argv[0]](argv[1:])
+    processes.join(place)
+    code = _run(commands[argv[0]], argv)
+    if code == 0:
+      processes.part()
+  except jax.errors.JaxRuntimeError as error:
+    lost = 'RESOURCE_EXHAUSTED' not in str(error)
+    code = processes.LOST if lost else 1
+    print(
+      f'qdora {argv[0]}: process {place.index} of {place.count} '
+      + ('has lost another ' if lost else 'failed ')
+      + f'({" ".join(str(error).split())[:200]}); the same command continues',
+      file=sys.stderr,
+    )
+  except BaseException:
+    code = 1
+    traceback.print_exc()
+  processes.leave(code)
+
+
+def _run(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
+  """The exit code of a command; a user's error is one message."""
+  try:
+    return command(argv[1:]) or 0
   except (ValueError, OSError, ImportError, ArithmeticError) as error:
     print(f'qdora {argv[0]}: {error}', file=sys.stderr)
     return 1
@@ -61,7 +91,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f'{why}; the same command continues', file=sys.stderr)
     # As shells count signals.
     return 128 + (error.signal if hasattr(error, 'signal') else signal.SIGINT)
-  return 0
 
 
 def read_config(file: str, overrides: list[str]) -> RunConfig:
@@ -134,9 +163,13 @@ def _returned(file: str) -> ConfigDict:
   return config
 
 
-def _train(argv: list[str]) -> None:
+def _train(argv: list[str]) -> int | None:
   parser = _parser('train')
   parser.add_argument('--config', required=True)
+  parser.add_argument('--processes', type=int, help='on this machine')
+  parser.add_argument('--coordinator', help='HOST:PORT of process 0')
+  parser.add_argument('--num-processes', type=int, help='on all machines')
+  parser.add_argument('--process-id', type=int, help='from 0')
   known, overrides = parser.parse_known_args(argv)
   for word in overrides:
     if not word.startswith('--config.') or '=' not in word:
@@ -144,20 +177,53 @@ def _train(argv: list[str]) -> None:
         f'{word!r} is no option; overrides look like --config.section.key=value'
       )
   config = read_config(known.config, overrides)
+  places = [] if processes.here() else _places(known)
+  if places:
+    program = [sys.executable, '-m', 'qdora_jax.cli', 'train', *argv]
+    return processes.watch(program, places)
   from qdora_jax.finetune import fine_tune
 
   fine_tune(config, known.workdir)
 
 
+def _places(known: argparse.Namespace) -> list[processes.Place]:
+  """Processes to be started here; none for this one alone."""
+  place = known.coordinator, known.num_processes, known.process_id
+  if place == (None, None, None):
+    count = 1 if known.processes is None else known.processes
+    if count < 1:
+      raise ValueError(f'--processes={count}: expected at least 1')
+    return processes.local(count) if count > 1 else []
+  if None in place or known.processes is not None:
+    raise ValueError(
+      '--coordinator, --num-processes and --process-id are given together, on '
+      'every machine; on one machine, --processes alone'
+    )
+  host, _, port = known.coordinator.rpartition(':')
+  if not host or not port.isdigit():
+    raise ValueError(
+      f'--coordinator={known.coordinator}: expected HOST:PORT at which the '
+      'machine of process 0 can be reached, such as 10.0.0.1:8476'
+    )
+  if not 0 <= known.process_id < known.num_processes:
+    raise ValueError(
+      f'--process-id={known.process_id}: expected at least 0 and less than '
+      f'--num-processes={known.num_processes}'
+    )
+  return [processes.Place(*place)]
+
+
 def _evaluate(argv: list[str]) -> None:
   parser = _parser('evaluate')
+  _add_checkpoint(parser)
   parser.add_argument(
     '--shots', type=int, default=0, help='solved examples in the prompt'
   )
   known = parser.parse_args(argv)
   from qdora_jax.run import load_run
 
-  score = load_run(known.workdir).evaluate(shots=known.shots, label='evaluate')
+  run = load_run(known.workdir, known.checkpoint)
+  score = run.evaluate(shots=known.shots, label='evaluate')
   print(score)
   for question, given, expected in score.samples:
     print(f'\n{question}\n  answered: {given}\n  expected: {expected}')
@@ -165,6 +231,7 @@ def _evaluate(argv: list[str]) -> None:
 
 def _generate(argv: list[str]) -> None:
   parser = _parser('generate')
+  _add_checkpoint(parser)
   parser.add_argument('--prompt', required=True)
   parser.add_argument('--max-new-tokens', type=int, default=100)
   parser.add_argument('--temperature', type=float, default=0.0)
@@ -175,7 +242,7 @@ def _generate(argv: list[str]) -> None:
   known = parser.parse_args(argv)
   from qdora_jax.run import load_run
 
-  run = load_run(known.workdir)
+  run = load_run(known.workdir, known.checkpoint)
   answer = run.generate(
     known.prompt,
     known.max_new_tokens,
@@ -188,6 +255,7 @@ def _generate(argv: list[str]) -> None:
 
 def _export(argv: list[str]) -> None:
   parser = _parser('export')
+  _add_checkpoint(parser)
   parser.add_argument('--out', type=Path, required=True)
   parser.add_argument(
     '--format',
@@ -204,7 +272,8 @@ def _export(argv: list[str]) -> None:
   known = parser.parse_args(argv)
   from qdora_jax.run import load_run
 
-  load_run(known.workdir).export(known.out, known.format, known.dtype)
+  run = load_run(known.workdir, known.checkpoint)
+  run.export(known.out, known.format, known.dtype)
   print(f'wrote {known.out}: {", ".join(_listing(known.out))}')
 
 
@@ -218,6 +287,27 @@ def _parser(command: str) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(f'qdora {command}', allow_abbrev=False)
   parser.add_argument('--workdir', type=Path, required=True)
   return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    '--checkpoint',
+    type=_checkpoint,
+    default='last',
+    metavar='last|best|STEP',
+    help='which to take: the newest, that of the lowest held-out loss, or one '
+    'of a step',
+  )
+
+
+def _checkpoint(word: str) -> str | int:
+  if word in ('last', 'best'):
+    return word
+  if not word.isdigit():
+    raise argparse.ArgumentTypeError(
+      f"{word!r}: expected 'last', 'best' or a step"
+    )
+  return int(word)
 
 
 if __name__ == '__main__':

@@ -99,6 +99,8 @@ class TrainSection:
   microbatches: int
   save_every: int
   max_skipped: int
+  keep_last: int = 2
+  keep_best: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,8 @@ class RunConfig:
       'train.microbatches': 1,
       'train.save_every': 1,
       'train.max_skipped': 1,
+      'train.keep_last': 1,
+      'train.keep_best': 0,
       'optim.lr': 0,
       'optim.warmup_steps': 0,
       'optim.weight_decay': 0,
@@ -177,6 +181,13 @@ class RunConfig:
         "config.adapter.method='none' trains every weight, and a quantized "
         'weight cannot be trained: set config.quant.format="none", or choose '
         "an adapter ('lora', 'dora')"
+      )
+    if self.train.keep_best and not (self.eval.every and self.data.eval_size):
+      raise ValueError(
+        f'config.train.keep_best={self.train.keep_best} keeps checkpoints by '
+        'their held-out loss, which is not taken during training '
+        f'(config.eval.every={self.eval.every}, config.data.eval_size='
+        f'{self.data.eval_size}): set both above 0'
       )
     if self.train.batch_size % self.train.microbatches:
       raise ValueError(

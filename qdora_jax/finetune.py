@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import tqdm
 
-from qdora_jax import data, folder, optim, report, train
+from qdora_jax import data, folder, optim, processes, report, train
 from qdora_jax.config import RunConfig
 from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
 from qdora_jax.metrics import peak_memory, read_log
 from qdora_jax.run import Run
+from qdora_jax.sharding import gather
 
 Tree = dict[str, Any]
 AFTER = 'fine-tuned'
@@ -58,10 +59,9 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
       scores[AFTER] = run.evaluate(label=AFTER)
       folder.save_scores(workdir, scores)
     if run.base:
-      try:
-        run.export(workdir / 'adapter')
-      except ValueError as error:
-        print(f'no PEFT files: {error}')
+      _export(run)
+    if not processes.first():
+      return scores
     rows = read_log(workdir / 'metrics.jsonl')
     title = (
       f'{config.data.path or config.data.name}, adapter '
@@ -73,6 +73,16 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
     folder.write(workdir / 'summary.json', summary)
   _show_results(summary, scores, workdir)
   return scores
+
+
+def _export(run: Run) -> None:
+  """PEFT files, where PEFT has a form for what was trained."""
+  run.trained = gather(run.trained)
+  if processes.first():
+    try:
+      run.export(run.workdir / 'adapter')
+    except ValueError as error:
+      print(f'no PEFT files: {error}')
 
 
 def _show_plan(run: Run, batches: Batches) -> None:
@@ -104,8 +114,16 @@ def _summary(
   """The run in numbers."""
   seconds = sorted(row['seconds'] for row in rows)
   tokens = sum(row['tokens'] for row in rows)
+  rated = [row for row in rows if 'held_out_loss' in row]
+  best = min(rated, key=lambda row: row['held_out_loss'], default=None)
+  if best is not None and run.config.train.keep_best:
+    best = {key: best[key] for key in ('step', 'held_out_loss')}
+  else:
+    best = None
   return {
     'steps': len(rows),
+    # What --checkpoint best takes.
+    'best_checkpoint': best,
     'skipped_steps': rows[-1]['skipped'],
     'tokens': tokens,
     # The first step compiles: the median is what a step takes.
@@ -138,6 +156,11 @@ def _show_results(
     gain = 100 * (scores[AFTER].interval[0] - best)
     print(f'gain beyond both intervals: {gain:.1f} points')
   skipped = summary['skipped_steps']
+  if best := summary['best_checkpoint']:
+    print(
+      f'the best checkpoint is of step {best["step"]}, held-out loss '
+      f'{best["held_out_loss"]:.4f}; --checkpoint best takes it'
+    )
   print(
     f'{summary["steps"]:,} steps, {summary["tokens"]:,} tokens, '
     + (f'{skipped} steps skipped (not finite), ' if skipped else '')
@@ -189,6 +212,8 @@ def _fit(run: Run, batches: Batches) -> train.Fitted:
     mesh=run.mesh,
     workdir=run.workdir,
     save_every=config.train.save_every,
+    keep_last=config.train.keep_last,
+    keep_best=config.train.keep_best,
     identity=run.identity,
     callbacks=[functools.partial(_watch, run)] if config.eval.every else [],
     max_skipped=config.train.max_skipped,
@@ -201,7 +226,12 @@ def _watch(
 ) -> Mapping[str, Any] | None:
   """Held-out loss and a few answers, now and then."""
   c = run.config
-  if step % c.eval.every or step == c.train.steps or not run.data.held_out:
+  if not run.data.held_out:
+    return None
+  # After the last step all of it is evaluated, but for comparison.
+  if step == c.train.steps and not c.train.keep_best:
+    return None
+  if step % c.eval.every and step != c.train.steps:
     return None
   params = run.params(trained)
   seen: dict[str, Any] = {'held_out_loss': run.held_out_loss(params)}

@@ -8,7 +8,8 @@
   checkpoints/    orbax: what is trained, the optimizer, where the data stood
   adapter/        PEFT files, where PEFT has a form for what was trained
 
-A folder belongs to one config. Files appear whole or not at all.
+A folder belongs to one config, whatever devices it goes on with: config.mesh
+may change. Files appear whole or not at all.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qdora_jax import processes
 from qdora_jax.config import RunConfig
 from qdora_jax.evaluate import Score
 from qdora_jax.interop.hf import read_json
@@ -32,6 +34,7 @@ def check(config: RunConfig, workdir: Path) -> None:
     )
   if not (workdir / 'config.json').exists():
     return
+  config = dataclasses.replace(config, mesh=config_of(workdir).mesh)
   theirs = dataclasses.asdict(config_of(workdir))
   mine = json.loads(json.dumps(dataclasses.asdict(config)))
   changed = _difference(theirs, mine, 'config')
@@ -119,7 +122,9 @@ def save_scores(workdir: Path, scores: Mapping[str, Score]) -> None:
 
 
 def write(path: Path, values: Any) -> None:
-  """JSON, whole or not at all."""
+  """JSON, whole or not at all; of many processes the first writes it."""
+  if not processes.first():
+    return
   part = path.with_suffix('.part')
   part.write_text(json.dumps(values, indent=2) + '\n')
   part.replace(path)

@@ -17,6 +17,7 @@ import numpy as np
 from qdora_jax.attention import NOWHERE
 from qdora_jax.linear import by_row
 from qdora_jax.model import Decoder, init_cache
+from qdora_jax.sharding import gather
 
 
 def generate(
@@ -79,7 +80,7 @@ def generate(
   )
   ends = frozenset(stop)
   results = []
-  for row in np.asarray(new).tolist():
+  for row in gather(new).tolist():
     end = next((n for n, t in enumerate(row) if t in ends), len(row))
     results.append(row[:end])
   return results

@@ -7,13 +7,13 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tqdm
 
 from qdora_jax import chat, data, evaluate, folder, optim, paths, train
@@ -34,7 +34,7 @@ from qdora_jax.pretrained import (
   open_checkpoint,
 )
 from qdora_jax.rows import Row
-from qdora_jax.sharding import make_mesh, shard_batch, unsharded
+from qdora_jax.sharding import gather, make_mesh, shard_batch, unsharded
 from qdora_jax.specs import TAKEN, AdapterSpec
 from qdora_jax.transforms import freeze
 
@@ -123,13 +123,17 @@ class Run:
       f'{checkpoint.fingerprint()} {quant}',
       notes,
       # On the host: training gives away the memory of what it trains.
-      jax.tree.map(np.asarray, trained) if taken else None,
+      gather(trained) if taken else None,
     )
 
   @property
   def identity(self) -> dict[str, str]:
     """What its checkpoints belong to."""
-    text = json.dumps(self.config.settings(), sort_keys=True)
+    # On other devices than it began on it is the same run.
+    began = self.config
+    if (self.workdir / 'config.json').exists():
+      began = folder.config_of(self.workdir)
+    text = json.dumps(began.settings(), sort_keys=True)
     config = hashlib.sha256(text.encode()).hexdigest()[:16]
     return {'base': self.fingerprint, 'config': config}
 
@@ -334,6 +338,13 @@ def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
     )
   if m.fsdp != -1:
     devices = devices[:need]
+  if len(devices) < len(jax.devices()) and jax.process_count() > 1:
+    raise ValueError(
+      f'config.mesh uses {need} of {len(jax.devices())} devices, and every one '
+      f'of {jax.process_count()} processes takes part with all that it has; '
+      f'expected a product of {len(jax.devices())} (fsdp=-1 takes all that are '
+      'left), or fewer processes'
+    )
   mesh = make_mesh(m.data, m.fsdp, m.tensor, devices)
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   part = config.train.batch_size // config.train.microbatches
@@ -345,6 +356,23 @@ def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
       'lower config.mesh.data and config.mesh.fsdp'
     )
   return mesh if mesh.size > 1 else None
+
+
+def _here(config: RunConfig) -> RunConfig:
+  """The config, on as many of the devices here as can share its batches."""
+  try:
+    _mesh(config)
+    return config
+  except ValueError:
+    m, count = config.mesh, len(jax.devices())
+  part = config.train.batch_size // config.train.microbatches
+  fsdp = math.gcd(part, count)
+  print(
+    f'config.mesh is data={m.data}, fsdp={m.fsdp}, tensor={m.tensor}; of the '
+    f'{count} devices here fsdp={fsdp} is taken'
+  )
+  mesh = dataclasses.replace(m, data=1, fsdp=fsdp, tensor=1)
+  return dataclasses.replace(config, mesh=mesh)
 
 
 def _loaded(path: str, base: Tree, fresh: Tree, spec: AdapterSpec) -> Tree:
@@ -399,11 +427,16 @@ def _bar(parts: Any, label: str) -> Any:
   return tqdm.tqdm(parts, label, leave=False, disable=None)
 
 
-def load_run(workdir: str | Path) -> Run:
-  """A trained run, at its newest checkpoint that is whole.
+def load_run(workdir: str | Path, checkpoint: str | int = 'last') -> Run:
+  """A trained run, on the devices there are.
+
+  Args:
+    workdir: its folder.
+    checkpoint: 'last' (the newest that is whole), 'best' (of the lowest
+      held-out loss; see config.train.keep_best) or a step.
 
   Raises:
-    FileNotFoundError: if workdir is no run folder or has no checkpoint yet.
+    FileNotFoundError: if workdir is no run folder or has no such checkpoint.
     ValueError: if the base is not the one that was trained on.
   """
   workdir = Path(workdir)
@@ -417,7 +450,7 @@ def load_run(workdir: str | Path) -> Run:
     raise FileNotFoundError(
       f'no checkpoint in {workdir / "checkpoints"}; train first'
     )
-  run = Run.open(config, workdir)
+  run = Run.open(_here(config), workdir)
   state = train.initial_state(
     run.trained,
     optim.from_config(
@@ -428,7 +461,7 @@ def load_run(workdir: str | Path) -> Run:
   )
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:
-    restored = checkpoints.restore(state, run.identity)
+    restored = checkpoints.restore(state, run.identity, which=checkpoint)
   finally:
     checkpoints.close()
   run.trained = restored.state['trained']

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -164,7 +165,7 @@ def shard(tree: Any, mesh: Mesh, rules: Any = RULES) -> Any:
   arrays are brought together over `fsdp` - as four-bit codes - and stay split
   over `tensor`.
   """
-  placed = jax.tree.map(jax.device_put, tree, shardings(tree, mesh, rules))
+  placed = jax.tree.map(put, tree, shardings(tree, mesh, rules))
   return gathering(placed, mesh)
 
 
@@ -183,9 +184,12 @@ def gathering(placed: Any, mesh: Mesh) -> Any:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-  """Splits the leading axis of every array over `data` and `fsdp`."""
+  """Splits the leading axis of every array over `data` and `fsdp`.
+
+  Of many processes each makes the same batch, and puts its own rows alone.
+  """
   sharding = NamedSharding(mesh, BATCH)
-  return jax.tree.map(lambda a: jax.device_put(np.asarray(a), sharding), batch)
+  return jax.tree.map(lambda a: put(np.asarray(a), sharding), batch)
 
 
 def by_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -197,3 +201,28 @@ def by_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   if mesh is None or x.shape[0] % _size(mesh, BATCH[0]):
     return x
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+
+
+def put(array: Any, sharding: NamedSharding) -> jax.Array:
+  """Places an array that every process holds; each puts its own part.
+
+  (Left to itself `device_put` has all processes compare the whole array.)
+  """
+  here = not isinstance(array, jax.Array) or array.is_fully_addressable
+  if sharding.is_fully_addressable or not here:
+    return jax.device_put(array, sharding)
+  whole = np.asarray(array)
+  return jax.make_array_from_callback(
+    whole.shape, sharding, lambda part: whole[part]
+  )
+
+
+def gather(tree: Any) -> Any:
+  """Every array whole, on every host; all processes must ask for it."""
+
+  def whole(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable or array.is_fully_replicated:
+      return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+  return jax.tree.map(whole, tree)

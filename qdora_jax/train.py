@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qdora_jax import optim
+from qdora_jax import optim, processes
 from qdora_jax.adapter import Adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.data import Batch
@@ -142,6 +142,8 @@ def fit(
   mesh: jax.sharding.Mesh | None = None,
   workdir: str | Path | None = None,
   save_every: int = 100,
+  keep_last: int = 2,
+  keep_best: int = 0,
   identity: Mapping[str, str] | None = None,
   callbacks: Sequence[Callback] = (),
   max_skipped: int = 5,
@@ -165,10 +167,14 @@ def fit(
     workdir: for metrics.jsonl and checkpoints/; the same call again then
       continues, bit for bit. SIGTERM and Ctrl-C save before they end it.
     save_every: steps between checkpoints.
+    keep_last: checkpoints that are kept; older ones are deleted,
+    keep_best: but for so many of those with the lowest held_out_loss, which a
+      callback gave; what has one is saved, too.
     identity: what a checkpoint must belong to, {what it is: value}.
     callbacks: each is called as f(step, row, trained) after every step; row is
       what will be logged, and a mapping that it returns is logged too.
-      Raising StopIteration ends the training early.
+      Raising StopIteration ends the training early. Of many processes each
+      calls its own, and they do the same.
     max_skipped: steps in a row that may be skipped for not being finite.
     donate: gives away the memory of `trained`, instead of copying it.
 
@@ -197,7 +203,7 @@ def fit(
   if workdir is not None:
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir / 'checkpoints')
+    checkpoints = Checkpoints(workdir / 'checkpoints', keep_last, keep_best)
     if checkpoints.latest() is not None:
       start, state, meta = checkpoints.restore(
         state, identity or {}, set_aside=True
@@ -211,10 +217,11 @@ def fit(
   rng = jax.random.wrap_key_data(state['rng'])
   rows: list[dict[str, Any]] = []
 
-  def save(n: int) -> None:
+  def save(n: int, held_out_loss: float | None = None) -> None:
     if checkpoints is not None and checkpoints.latest() != n:
       meta = {**(identity or {}), 'data': _position(source), 'skipped': skipped}
-      checkpoints.save(n, state, {**meta, 'log': log.position()})
+      meta |= {'log': log.position(), 'held_out_loss': held_out_loss}
+      checkpoints.save(n, state, meta)
 
   in_a_row = 0
   with contextlib.ExitStack() as stack:
@@ -222,7 +229,8 @@ def fit(
     stopped = stack.enter_context(_signals(checkpoints is not None))
     if checkpoints is not None:
       stack.callback(checkpoints.close)
-    path = None if workdir is None else workdir / 'metrics.jsonl'
+    logged = workdir is not None and processes.first()
+    path = workdir / 'metrics.jsonl' if logged else None
     log = stack.enter_context(Log(path, position))
     progress = stack.enter_context(Progress(start, steps))
     for n in range(start, steps):
@@ -269,9 +277,12 @@ def fit(
       progress.show(n + 1, row)
       if in_a_row >= max_skipped:
         raise NotFiniteError(_persistent(n + 1, in_a_row, checkpoints))
-      ended = ended or stopped()
-      if ended or (n + 1) % save_every == 0 or n + 1 == steps:
-        save(n + 1)
+      told = stopped()  # Every process asks.
+      ended = ended or told
+      held_out = row['held_out_loss'] if 'held_out_loss' in row else None
+      rated = keep_best and held_out is not None
+      if ended or rated or (n + 1) % save_every == 0 or n + 1 == steps:
+        save(n + 1, held_out)
       if ended == 'a callback':
         print(f'a callback ended the training after step {n + 1}', flush=True)
         break
@@ -306,8 +317,11 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _signals(active: bool) -> Iterator[Callable[[], str | None]]:
-  """Notes SIGTERM and SIGINT while a step runs; a second SIGINT interrupts."""
-  noted: list[str] = []
+  """Notes SIGTERM and SIGINT while a step runs; a second SIGINT interrupts.
+
+  What is noted by one of many processes is told to all.
+  """
+  noted: list[int] = []
   # Only the main thread can be told of signals.
   active = active and threading.current_thread() is threading.main_thread()
   before = {}
@@ -315,13 +329,17 @@ def _signals(active: bool) -> Iterator[Callable[[], str | None]]:
   def note(number: int, frame: Any) -> None:
     if noted and number == signal.SIGINT:
       raise KeyboardInterrupt
-    noted.append(signal.Signals(number).name)
+    noted.append(number)
+
+  def asked() -> str | None:
+    number = processes.agree(noted[0] if noted else 0)
+    return signal.Signals(number).name if number else None
 
   if active:
     for number in (signal.SIGTERM, signal.SIGINT):
       before[number] = signal.signal(number, note)
   try:
-    yield lambda: noted[0] if noted else None
+    yield asked
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)

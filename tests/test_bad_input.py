@@ -102,6 +102,11 @@ def contents(folder):
     ('quant.block_size=1', ['config.quant.block_size=1: expected at least 2']),
     ('adapter.targets=((', ["config.adapter.targets: '((' is not a regular"]),
     ('data.answer_pattern=((', ["config.data.answer_pattern: '((' is not a"]),
+    ('train.keep_last=0', ['config.train.keep_last=0: expected at least 1']),
+    (
+      'train.keep_best=1',
+      ['config.train.keep_best=1', 'config.eval.every=0', 'set both above 0'],
+    ),
     ('mesh.fsdp=0', ['config.mesh.fsdp=0: expected at least 1, or -1']),
     ('data.mix={"a.jsonl":0}', ["config.data.mix: 'a.jsonl' has weight 0"]),
     ('data.mix={"a":"b"}', ["config.data.mix.a='b'", 'expected float']),

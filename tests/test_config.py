@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from qdora_jax import AdapterSpec, QuantSpec
-from qdora_jax.config import AdapterSection, RunConfig, later
+from qdora_jax.config import AdapterSection, RunConfig, TrainSection, later
 
 
 def test_base_py_lists_every_key():
@@ -143,6 +143,8 @@ def test_microbatches_divide_the_batch():
     ('data.eval_size', -1),
     ('data.train_size', -1),
     ('train.max_skipped', 0),
+    ('train.keep_last', 0),
+    ('train.keep_best', -1),
     ('optim.lr', float('nan')),
     ('mesh.fsdp', -2),
     ('mesh.data', 0),
@@ -189,11 +191,13 @@ def test_patterns_by_name_come_through_a_config_file_in_order(tmp_path):
 def test_a_folder_of_an_earlier_version_is_the_same_run():
   """Keys added since mean what was done before there were any."""
   values = tiny.config('model')
-  added = later(AdapterSection)
-  assert set(added) == {'init', 'projection_seed'}
+  added = {'adapter': later(AdapterSection), 'train': later(TrainSection)}
+  assert set(added['adapter']) == {'init', 'projection_seed'}
+  assert added['train'] == {'keep_last': 2, 'keep_best': 0}
   now = RunConfig.make(values)
-  for key in added:
-    del values['adapter'][key]
+  for section, keys in added.items():
+    for key in keys:
+      del values[section][key]
   before = RunConfig.make(values)
   assert before == now
   assert before.settings() == now.settings() == values

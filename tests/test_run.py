@@ -278,6 +278,54 @@ def test_a_run_on_eight_devices_is_one_on_one(train, tmp_path, microbatches):
   )
 
 
+def test_the_best_checkpoint_stays_and_can_be_taken(
+  train, tmp_path, monkeypatch, capsys
+):
+  losses, seen = [9.0, 3.0, 1.0, 2.0, 4.0, 4.0], []
+
+  def held_out_loss(model, params, batches):
+    seen.append(jax.tree.map(np.asarray, params))
+    return losses[len(seen) - 1]
+
+  monkeypatch.setattr(run.evaluate, 'held_out_loss', held_out_loss)
+  options = {'train.steps': 4, 'train.save_every': 4, 'eval.every': 1}
+  train('run', **options, **{'train.keep_last': 1, 'train.keep_best': 1})
+  words = 'the best checkpoint is of step 2, held-out loss 1.0000; --checkpoint'
+  assert words in capsys.readouterr().out
+  folder = tmp_path / 'run'
+  summary = json.loads((folder / 'summary.json').read_text())
+  assert summary['best_checkpoint'] == {'step': 2, 'held_out_loss': 1.0}
+  kept = {p.name for p in (folder / 'checkpoints').iterdir()}
+  assert kept == {'2', '4'}
+  for which, n in (('best', 2), ('last', 5), (2, 2)):
+    got = run.load_run(folder, which).params()
+    tiny.assert_same(jax.tree.map(np.asarray, got), seen[n])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices(train, tmp_path, monkeypatch, capsys):
+  options = {'train.steps': 6, 'train.save_every': 2, 'optim.lr': 1e-3}
+  train('whole', **options, **{'mesh.fsdp': 4})
+  stop_at(monkeypatch, 3)
+  with pytest.raises(KeyboardInterrupt):
+    train('moved', **options, **{'mesh.fsdp': 4})
+  capsys.readouterr()
+  train('moved', **options, **{'mesh.fsdp': 2, 'mesh.data': 2})
+  assert 'continuing after step 2\n' in capsys.readouterr().out
+  pairs = zip(
+    steady(tmp_path / 'moved'), steady(tmp_path / 'whole'), strict=True
+  )
+  for a, b in pairs:
+    np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-5)
+  # And is read where there are fewer devices than it was trained on.
+  path = tmp_path / 'moved' / 'config.json'
+  path.write_text(path.read_text().replace('"fsdp": 4', '"fsdp": 16'))
+  monkeypatch.setattr(run.Run, 'identity', {})
+  loaded = run.load_run(tmp_path / 'moved')
+  assert loaded.mesh.size == 8
+  assert 'of the 8 devices here fsdp=8 is taken' in capsys.readouterr().out
+
+
 def test_a_mesh_that_does_not_fit_is_refused(train):
   with pytest.raises(
     ValueError, match=r'data=3 x fsdp=4 x tensor=1 devices; there are 8'

@@ -103,6 +103,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.microbatches = 1
   # Steps between checkpoints.
   config.train.save_every = 25
+  # Checkpoints that are kept: the newest, and beside them so many with the
+  # lowest held-out loss (each evaluation of eval.every then saves one).
+  # `qdora evaluate | generate | export --checkpoint last|best|STEP` takes any.
+  config.train.keep_last = 2
+  config.train.keep_best = 0
   # A step whose loss or gradient is not finite is skipped and counted; so many
   # in a row end the run.
   config.train.max_skipped = 5
