@@ -420,6 +420,7 @@ def load_run(workdir: str | Path) -> Run:
     ),
     config.seed,
     run.mesh,
+    config.optim.paged,
   )
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:
