@@ -3,7 +3,8 @@
 A rule gives a kernel's PartitionSpec over (I, O); everything stored for that
 kernel follows: packed codes and absmax have its axes (I in whole blocks only,
 decided for both together), A has its in axis, B and the magnitude its out axis,
-nested scales are replicated. Leading axes (layers, experts) are never sharded.
+nested scales and those of 8-bit moments are replicated. Leading axes (layers,
+experts) are never sharded.
 
 Axes of the mesh: `data` splits the batch, `fsdp` the batch and the weights,
 `tensor` the features.
@@ -71,6 +72,10 @@ def shardings(
   def place(path: Any, leaf: Any) -> NamedSharding:
     name = paths.of(path)
     kernel, _, part = name.rpartition('/')
+    if part == 'codes8':
+      # An 8-bit moment lies as what it is a moment of; see adam8bit.py.
+      name = kernel
+      kernel, _, part = name.rpartition('/')
     if part in _PARTS:
       spec = paths.first_match(rules, kernel, P(None, None))
       spec = P(*(spec[a] if a is not None else None for a in _PARTS[part]))

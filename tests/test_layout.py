@@ -17,7 +17,15 @@ FLOORS = {
   # Evaluation is used by the training story, so it stands on its floor.
   4: ('cli',),
 }
-FLOORS[3] += ('loss', 'paged', 'train', 'generate', 'evaluate', 'report')
+FLOORS[3] += (
+  'loss',
+  'paged',
+  'adam8bit',
+  'train',
+  'generate',
+  'evaluate',
+  'report',
+)
 FLOORS[3] += ('folder', 'run', 'finetune')
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

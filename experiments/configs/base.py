@@ -108,7 +108,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.max_skipped = 5
 
   config.optim = ml_collections.ConfigDict(convert_dict=False)
-  # Any optimizer of optax or optax.contrib that takes a learning rate.
+  # Any optimizer of optax or optax.contrib that takes a learning rate; or
+  # 'adamw8bit', AdamW whose moments take a byte each.
   config.optim.name = 'adamw'
   config.optim.lr = 2e-4
   # 'constant', 'linear' or 'cosine', after a linear warm-up.
