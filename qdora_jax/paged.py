@@ -362,7 +362,7 @@ def _cut(
     if is_paged(array)
   )
   heads = {a.shape[:1] for a in arrays} | {shape[:1] for shape in shards}
-  if moved <= PIECE or len(heads) > 1 or () in heads:
+  if moved <= PIECE or len(heads) > 1 or heads & {(), (1,)}:
     return None
   ((rows,),) = heads
   sliced = _vars(program.outvars[n] for n in outs)
@@ -422,7 +422,7 @@ def _looped(
   return move(times * split.size, arrays, left) if left else arrays
 
 
-# Operations on numbers: result and operands have one shape, or are numbers.
+# Operations on one number of each operand, and of the same place.
 _EACH = frozenset(
   re.findall(
     r'\w+',
@@ -445,11 +445,12 @@ def _along(eqn: Any, rows: int) -> list[bool] | None:
   results = {v.aval.shape for v in eqn.outvars}
   if len(results) > 1 or not all(s[:1] == (rows,) for s in results):
     return None
-  if name in _EACH and set(shapes) <= results | {()}:
-    return [shape != () for shape in shapes]
+  if name in _EACH:
+    # Of the result's shape, or stretched along axes of size 1, or numbers.
+    return [shape[:1] == (rows,) for shape in shapes]
   if name == 'broadcast_in_dim' and len(shapes) == 1:
     first = params['broadcast_dimensions'][:1] == (0,)
-    return [first and shapes[0][0] == rows > 1]
+    return [first and shapes[0][0] == rows]
   if name == 'reshape' and shapes[0][:1] == (rows,):
     return [True]
   if name in _REDUCED and 0 not in params['axes']:
