@@ -12,7 +12,9 @@ it is made of are one piece, whatever the optimizer, its masks and its rates by
 name are. What needs no state from the host (the norm that is clipped, the
 schedule, the corrections by step) is computed once for all of them. A piece
 larger than `PIECE` is cut along its leading axis, the layers of a stack, and
-looped over, if its part of the jaxpr treats every index of that axis alike.
+looped over, if its part of the jaxpr treats every index of that axis alike and
+the axis is not split over devices. An update that mixes all state (few do) is
+one piece, and one that mixes its axes (Muon) a piece for each array.
 Nothing is computed otherwise than without paging: updates are the same bits.
 
 On a GPU a piece crosses PCIe twice in every step; bitsandbytes pays that only

@@ -11,9 +11,10 @@ import pytest
 import tiny
 from jax.extend.core import Literal
 from test_optim import trained_tree
+from test_train import parts, sums
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import optim, paged, sharding, train
+from qdora_jax import finetune, optim, paged, run, sharding, train
 from qdora_jax.checkpoint import Checkpoints
 
 
@@ -333,3 +334,41 @@ def test_training_is_the_same_also_resumed(
   for got, row in zip([*first.rows, *second.rows], want.rows, strict=True):
     for key in ('step', 'loss', 'grad_norm'):
       assert got[key] == row[key]
+
+
+@pytest.mark.slow
+def test_a_config_can_ask_for_it(tmp_path, monkeypatch, states):
+  """From the command line's config to files, stopped and gone on with, read."""
+  tiny.use_sums(monkeypatch)
+  model = tiny.write(tmp_path / 'model')
+  one = {'adapter.targets': '.*/q/kernel', 'quant.targets': '.*/q/kernel'}
+  results = []
+  for paged_ in ('none', 'host'):
+    config = tiny.run_config(
+      model,
+      **one,
+      **{
+        'optim.paged': paged_,
+        'optim.name': 'adamw8bit',
+        'eval.exact_match': False,
+        'train.steps': 4,
+        'train.save_every': 2,
+        'mesh.fsdp': 8,
+      },
+    )
+    finetune.fine_tune(config, tmp_path / paged_)
+    kept = run.load_run(tmp_path / paged_).trained
+    assert kinds(kept) == {'device'}
+    results.append(jax.tree.map(np.asarray, kept))
+  assert states == 8 * [{'device'}] + 8 * [{'pinned_host'}]
+  tiny.assert_same(*results)
+  adapters = [
+    (tmp_path / name / 'adapter' / 'adapter_model.safetensors').read_bytes()
+    for name in ('none', 'host')
+  ]
+  assert adapters[0] == adapters[1]
+
+
+def test_what_paged_is_not_is_refused():
+  with pytest.raises(ValueError, match=r"optim.paged='gpu': expected one of"):
+    tiny.run_config('none', **{'optim.paged': 'gpu'})
