@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from qdora_jax import paths, processes
+from qdora_jax.paged import is_paged
 
 
 class Restored(NamedTuple):
@@ -312,7 +313,15 @@ def _checksum_of(meta: Mapping[str, Any]) -> int:
 @jax.jit
 def _checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
   # One program: many small ones with collectives can deadlock on CPU devices.
-  return {name: _checksum(array) for name, array in flat.items()}
+  sums: dict[str, jax.Array] = {}
+  before: Any = ()
+  for name, array in flat.items():
+    if is_paged(array):
+      # From the host's memory one after the other.
+      array, _ = jax.lax.optimization_barrier((array, before))
+      array = jax.device_put(array, jax.memory.Space.Device)
+    sums[name] = before = _checksum(array)
+  return sums
 
 
 def _checksum(array: jax.Array) -> jax.Array:

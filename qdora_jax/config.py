@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from qdora_jax.chat import Format
 from qdora_jax.model import Remat
+from qdora_jax.paged import Paged
 from qdora_jax.rows import FORMS
 from qdora_jax.specs import AdapterSpec, Init, QuantSpec
 
@@ -113,6 +114,7 @@ class OptimSection:
   clip: float
   options: Mapping[str, Any]
   lr_scale: Mapping[str, float]
+  paged: Paged = 'none'
 
 
 @dataclasses.dataclass(frozen=True)

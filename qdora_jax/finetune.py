@@ -218,6 +218,7 @@ def _fit(run: Run, batches: Batches) -> train.Fitted:
     callbacks=[functools.partial(_watch, run)] if config.eval.every else [],
     max_skipped=config.train.max_skipped,
     donate=True,
+    paged=config.optim.paged,
   )
 
 

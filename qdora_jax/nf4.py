@@ -75,12 +75,12 @@ _MOST = np.float32(1e38)
 _PAIRS = np.stack([np.repeat(LEVELS, 16), np.tile(LEVELS, 16)], axis=1)
 
 
-def _dynamic_map() -> np.ndarray:
-  """bitsandbytes' create_dynamic_map(signed=True): 256 sorted f32 levels."""
+def _dynamic_map(signed: bool = True) -> np.ndarray:
+  """bitsandbytes' create_dynamic_map(signed): 256 sorted f32 levels."""
   levels = [0.0, 1.0]
   for i in range(7):
     # torch.linspace(0.1, 1, n) in float32: from both ends, one rounding each.
-    n = 2**i + 1
+    n = (2**i if signed else 2 ** (i + 1)) + 1
     low, high = np.float32(0.1), np.float32(1)
     step = np.float64((high - low) / np.float32(n - 1))
     k = np.arange(n)
@@ -88,11 +88,13 @@ def _dynamic_map() -> np.ndarray:
     bounds = bounds.astype(np.float32)
     means = (bounds[:-1] + bounds[1:]) / np.float32(2)
     means *= np.float32(10.0 ** (i - 6))
-    levels += [*means, *-means]
+    levels += [*means, *-means] if signed else [*means]
   return np.sort(np.array(levels, np.float32))
 
 
 DYNAMIC_MAP = _dynamic_map()
+# For what is never negative: Adam's second moment.
+UNSIGNED_MAP = _dynamic_map(signed=False)
 _DYNAMIC_MIDPOINTS = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / np.float32(2)
 
 

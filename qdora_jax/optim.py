@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from qdora_jax import paths
+from qdora_jax.adam8bit import adamw8bit
 from qdora_jax.config import OptimSection
 
 # Vectors that scale or shift features: pulling them to zero is not what weight
@@ -97,7 +98,8 @@ def make_optimizer(
 
   Args:
     rate: learning rate, or one by step.
-    name: of a function in optax or optax.contrib that takes a learning rate.
+    name: of a function in optax or optax.contrib that takes a learning rate;
+      or 'adamw8bit', see adam8bit.py.
     weight_decay: of everything but magnitudes, norms and biases.
     clip: largest norm of all gradients together; 0 for none.
     options: further keywords of that function.
@@ -199,6 +201,7 @@ def _named(name: str) -> Callable[..., optax.GradientTransformation]:
     and next(iter(inspect.signature(value).parameters), '') == 'learning_rate'
     and key not in _NEED_MORE
   }
+  known['adamw8bit'] = adamw8bit
   if name not in known:
     near = difflib.get_close_matches(name, known, n=3)
     near = near or ['adamw', 'adam', 'lion', 'adafactor', 'sgd']

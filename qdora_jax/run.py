@@ -458,6 +458,7 @@ def load_run(workdir: str | Path, checkpoint: str | int = 'last') -> Run:
     ),
     config.seed,
     run.mesh,
+    config.optim.paged,
   )
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:

@@ -3,7 +3,8 @@
 A rule gives a kernel's PartitionSpec over (I, O); everything stored for that
 kernel follows: packed codes and absmax have its axes (I in whole blocks only,
 decided for both together), A has its in axis, B and the magnitude its out axis,
-nested scales are replicated. Leading axes (layers, experts) are never sharded.
+nested scales and those of 8-bit moments are replicated. Leading axes (layers,
+experts) are never sharded.
 
 Axes of the mesh: `data` splits the batch, `fsdp` the batch and the weights,
 `tensor` the features.
@@ -80,6 +81,10 @@ def shardings(
 def _wanted(name: str, rules: tuple[tuple[str, P], ...]) -> P:
   """What the rules say of an array's last axes."""
   kernel, _, part = name.rpartition('/')
+  if part == 'codes8':
+    # An 8-bit moment lies as what it is a moment of; see adam8bit.py.
+    name = kernel
+    kernel, _, part = name.rpartition('/')
   if part not in _PARTS:
     return paths.first_match(rules, name, P())
   spec = paths.first_match(rules, kernel, P(None, None))

@@ -17,13 +17,15 @@ import jax.numpy as jnp
 import optax
 
 from qdora_jax import optim, processes
+from qdora_jax import paged as paging
 from qdora_jax.adapter import Adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.data import Batch
 from qdora_jax.loss import summed_loss
 from qdora_jax.metrics import Log, Progress, peak_memory
 from qdora_jax.model import Decoder
-from qdora_jax.sharding import BATCH, shard, shard_batch, shardings
+from qdora_jax.paged import Paged, is_paged
+from qdora_jax.sharding import BATCH, shard, shard_batch
 from qdora_jax.transforms import adapted_norms, attach, norms
 
 Tree = dict[str, Any]
@@ -47,12 +49,17 @@ def make_step(
     optimizer: any optax transformation.
     microbatches: gradients are accumulated over so many slices of the batch;
       DoRA's detached norms are then computed once for all of them.
-    like: (trained, opt_state) on a mesh: so they leave the step, too. (Left to
-      itself XLA lays gradients out differently from what they are of.)
+    like: (trained, opt_state) on a mesh, or with state in the host's memory: so
+      they leave the step, too. (Left to itself XLA lays gradients out
+      differently from what they are of.) State in the host's memory is streamed
+      through the update, see paged.py.
   """
   optimizer = optax.with_extra_args_support(optimizer)
-  mesh = None if like is None else jax.tree.leaves(like)[0].sharding.mesh
-  model = model.clone(mesh=mesh)
+  placed = jax.tree.map(lambda a: a.sharding, like)
+  shards = None if like is None else jax.tree.leaves(placed)
+  mesh = None if like is None else _mesh_of(jax.tree.leaves(placed)[0])
+  if mesh is not None:
+    model = model.clone(mesh=mesh)
 
   def step(trained, opt_state, base, norms, batch, key):
     total = jnp.maximum(jnp.sum(batch['weights']), 1)
@@ -78,22 +85,20 @@ def make_step(
       (value, grads), _ = jax.lax.scan(accumulate, zero, (parts, keys))
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-    updates, new_state = optimizer.update(
-      grads, opt_state, trained, value=value
-    )
-    moved = (optax.apply_updates(trained, updates), new_state)
-    trained, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old),
-      moved,
-      (trained, opt_state),
+    trained, opt_state = paging.move(
+      optimizer, trained, grads, opt_state, finite, value, shards
     )
     seen = {'loss': value, 'grad_norm': grad_norm, 'finite': finite}
     return trained, opt_state, seen
 
   if like is None:
     return jax.jit(step, donate_argnums=(0, 1))
-  placed = jax.tree.map(lambda a: a.sharding, like)
   return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placed, None))
+
+
+def _mesh_of(sharding: jax.sharding.Sharding) -> jax.sharding.Mesh | None:
+  named = isinstance(sharding, jax.sharding.NamedSharding)
+  return sharding.mesh if named else None
 
 
 def _slices(
@@ -148,6 +153,8 @@ def fit(
   callbacks: Sequence[Callback] = (),
   max_skipped: int = 5,
   donate: bool = False,
+  paged: Paged = 'none',
+  room: int | None = None,
 ) -> Fitted:
   """Trains a tree on batches.
 
@@ -177,6 +184,10 @@ def fit(
       calls its own, and they do the same.
     max_skipped: steps in a row that may be skipped for not being finite.
     donate: gives away the memory of `trained`, instead of copying it.
+    paged: 'host' keeps the optimizer's state in the host's memory, 'auto' what
+      of it does not fit into room; see paged.py. The result is the same.
+    room: bytes each device has left for the optimizer's state; None if that is
+      not known.
 
   Returns:
     The trained tree and the rows logged: step, loss (nats per learned token),
@@ -197,7 +208,7 @@ def fit(
   transformation = optimizer(lr)
   if not donate:
     trained = jax.tree.map(lambda a: jnp.array(a, copy=True), trained)
-  state = initial_state(trained, transformation, seed, mesh)
+  state = initial_state(trained, transformation, seed, mesh, paged, room)
   start, skipped, position, checkpoints = 0, 0, 0, None
   source = iter(batches)
   if workdir is not None:
@@ -211,7 +222,9 @@ def fit(
       skipped, position = meta['skipped'], meta['log']
       _forward(source, meta['data'], start)
       print(f'continuing after step {start}', flush=True)
-  like = (state['trained'], state['optimizer']) if mesh is not None else None
+  like = (state['trained'], state['optimizer'])
+  if mesh is None and not any(map(is_paged, jax.tree.leaves(like))):
+    like = None
   step = make_step(model, transformation, microbatches, like)
   fixed = jax.jit(norms)(base, state['trained'])
   rng = jax.random.wrap_key_data(state['rng'])
@@ -296,15 +309,27 @@ def initial_state(
   optimizer: optax.GradientTransformation,
   seed: int,
   mesh: jax.sharding.Mesh | None = None,
+  paged: Paged = 'none',
+  room: int | None = None,
 ) -> dict[str, Any]:
-  """What a checkpoint holds, before the first step; placed on the mesh."""
-  init = optimizer.init
+  """What a checkpoint holds, before the first step; placed on the mesh.
+
+  Args:
+    trained: the tree.
+    optimizer: whose state it is.
+    seed: of adapter dropout.
+    mesh: from `make_mesh`.
+    paged: which of the state is made in the host's memory, see `fit`.
+    room: see `fit`.
+  """
   rng = jax.random.key_data(jax.random.key(seed))
   if mesh is not None:
     trained, rng = shard(trained, mesh), shard(rng, mesh)
-    placed = shardings(jax.eval_shape(init, trained), mesh)
-    init = jax.jit(init, out_shardings=placed)
-  return {'trained': trained, 'optimizer': init(trained), 'rng': rng}
+  elif paged != 'none':
+    # Told where it is: what a step returns is, and would be another program's.
+    trained = jax.tree.map(lambda a: jax.device_put(a, a.sharding), trained)
+  state = paging.initial(optimizer, trained, mesh, paged, room)
+  return {'trained': trained, 'optimizer': state, 'rng': rng}
 
 
 class Stopped(KeyboardInterrupt):

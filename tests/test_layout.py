@@ -20,6 +20,7 @@ FLOORS = {
 FLOORS[2] += ('placement',)
 FLOORS[3] += ('loss', 'train', 'generate', 'evaluate', 'report')
 FLOORS[3] += ('folder', 'run', 'finetune', 'processes')
+FLOORS[3] += ('paged', 'adam8bit')
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 

@@ -113,7 +113,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.max_skipped = 5
 
   config.optim = ml_collections.ConfigDict(convert_dict=False)
-  # Any optimizer of optax or optax.contrib that takes a learning rate.
+  # Any optimizer of optax or optax.contrib that takes a learning rate; or
+  # 'adamw8bit', AdamW whose moments take a byte each.
   config.optim.name = 'adamw'
   config.optim.lr = 2e-4
   # 'constant', 'linear' or 'cosine', after a linear warm-up.
@@ -128,6 +129,9 @@ def get_config() -> ml_collections.ConfigDict:
   # {regex: factor of the learning rate} over names of trained arrays, the first
   # match wins: {'.*/lora_b': 16.0} is LoRA+, {'.*/lora_a': 0.0} freezes A.
   config.optim.lr_scale = {}
+  # Optimizer state in the host's memory, streamed through each update: 'host'
+  # for all of it, 'auto' for what does not fit, 'none'.
+  config.optim.paged = 'none'
 
   config.eval = ml_collections.ConfigDict()
   # The untrained model is evaluated, too: bare, and with solved examples.

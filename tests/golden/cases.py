@@ -123,3 +123,20 @@ def tokens() -> np.ndarray:
 def modules() -> list[tuple[int, str]]:
   """Every (layer, linear) of a tiny llama."""
   return [(n, name) for n in range(LAYERS) for name in weights.LINEARS]
+
+
+# 8-bit AdamW: arrays whose blocks lie in rows and across them, and a small one.
+ADAM8 = {'rows': (16, 256), 'across': (61, 77), 'small': (10, 20)}
+ADAM8_STEPS = 10
+ADAM8_OPTIONS = {'lr': 1e-2, 'weight_decay': 0.1}
+
+
+def adam8(name: str) -> tuple[np.ndarray, np.ndarray]:
+  """A parameter, and a gradient for every step; columns of unequal sizes."""
+  shape = ADAM8[name]
+  start = weights.matrix(400, shape, 1.0)
+  sizes = np.float32(10.0) ** np.linspace(-3, 0, shape[1], dtype=np.float32)
+  grads = [
+    weights.matrix(401 + n, shape, 1.0) * sizes for n in range(ADAM8_STEPS)
+  ]
+  return start, np.stack(grads)

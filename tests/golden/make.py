@@ -10,6 +10,7 @@ Takes some three minutes on two cores. The files are
                                absmax
   bnb.safetensors, bnb.npz     linears as bitsandbytes stores them; dequantized
   linear.npz                   PEFT's outputs and gradients
+  adam8bit.npz                 bitsandbytes' AdamW after ten steps
   llama.json, llama.npz        transformers' logits, AdamW curves, PEFT's files
   families.json, families.npz  gradient norms and logits of every model family
 
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bitsandbytes.functional import create_dynamic_map
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -89,6 +91,20 @@ def linears() -> None:
       for key in ('absmax', 'nested', 'offset'):
         arrays[f'{case.name}/stored/{key}'] = stored[key]
   np.savez_compressed(HERE / 'linear.npz', **arrays)
+
+
+def adam() -> None:
+  """bitsandbytes' AdamW, in 8 bits and in 32."""
+  arrays = {}
+  for name in cases.ADAM8:
+    for bits in (8, 32):
+      made = strangers.adamw(*cases.adam8(name), bits, **cases.ADAM8_OPTIONS)
+      arrays |= {f'{name}/{bits}/{key}': value for key, value in made.items()}
+  for signed in (True, False):
+    levels = create_dynamic_map(signed=signed).numpy()
+    arrays['signed' if signed else 'unsigned'] = levels
+  arrays['versions'] = np.array(json.dumps(strangers.versions()))
+  np.savez_compressed(HERE / 'adam8bit.npz', **arrays)
 
 
 def adapter_files(folder: Path, method: str) -> dict[str, Any]:
@@ -173,6 +189,7 @@ def main() -> None:
   torch.manual_seed(0)
   nf4()
   linears()
+  adam()
   stored()
   with tempfile.TemporaryDirectory() as root:
     llamas(Path(root))

@@ -53,6 +53,25 @@ def to_bytes(tensor: torch.Tensor) -> np.ndarray:
   return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+# Adam
+
+
+def adamw(
+  start: np.ndarray, grads: np.ndarray, bits: int, **options: float
+) -> dict[str, np.ndarray]:
+  """bitsandbytes' AdamW of 8 or 32 bits: the parameter, and its last state."""
+  kind = bnb.optim.AdamW8bit if bits == 8 else bnb.optim.AdamW32bit
+  parameter = nn.Parameter(torch.from_numpy(start.copy()))
+  optimizer = kind([parameter], **options)
+  for grad in grads:
+    parameter.grad = torch.from_numpy(grad.copy())
+    optimizer.step()
+  state = optimizer.state[parameter]
+  keys = ('state1', 'state2', 'absmax1', 'absmax2')
+  found = {key: state[key].numpy() for key in keys if key in state}
+  return {'parameter': parameter.detach().numpy(), **found}
+
+
 # NF4
 
 
