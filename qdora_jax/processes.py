@@ -92,6 +92,8 @@ def join(place: Place) -> None:
   local = place.coordinator.startswith('localhost:')
   jax.distributed.initialize(
     *place,
+    # Every device that is visible, also where Slurm would have it take one.
+    cluster_detection_method='deactivate',
     heartbeat_timeout_seconds=HEARTBEAT,
     # By default it listens on every address of the machine.
     coordinator_bind_address=place.coordinator if local else None,
@@ -254,12 +256,12 @@ def _verdict(
   n = min((n for n in range(len(workers)) if n not in stopped), key=blame)
   code, place = workers[n].returncode, places[n]
   words = folder / f'{place.index}.words'
-  said = words.read_text().rstrip('\n') if words.exists() else ''
-  if said or code == 0:
-    return code, said
+  said = words.read_text() if words.exists() else ''
+  if code == 0 or (said and code > 0):
+    return code, said.rstrip('\n')
   if -code in received:
     name = signal.Signals(-code).name
-    return 128 - code, f'{name}; the same command continues'
+    return 128 - code, f'{said}{name}; the same command continues'
   how = f'ended with code {code}'
   if code < 0:
     how = f'was ended by {signal.Signals(-code).name}'
@@ -268,6 +270,6 @@ def _verdict(
   if code != -signal.SIGKILL:
     how += f' (see {folder / f"{place.index}.log"})'
   return max(code, 1), (
-    f'qdora: process {place.index} of {place.count} {how}, and all have been '
-    'stopped; the same command continues'
+    f'{said}qdora: process {place.index} of {place.count} {how}, and all have '
+    'been stopped; the same command continues'
   )

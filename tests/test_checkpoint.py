@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import AdapterSpec, QuantSpec, init_adapter, quantize
 from qdora_jax.checkpoint import Checkpoints
