@@ -84,13 +84,14 @@ def scale_by_adam8bit(
   ) -> tuple[Any, Adam8bitState]:
     del params
     count = optax.safe_increment(state.count)
-    first, second = 1 - b1**count, jnp.sqrt(1 - b2**count)
+    # Products, not quotients: XLA would choose one of them by what is around.
+    first, second = 1 / (1 - b1**count), 1 / jnp.sqrt(1 - b2**count)
 
     def one(g: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:
       g = g.astype(jnp.float32)
       m = b1 * decode(mu, DYNAMIC_MAP) + (1 - b1) * g
       v = b2 * decode(nu, UNSIGNED_MAP) + (1 - b2) * g * g
-      step = (m / first) / (jnp.sqrt(v) / second + eps)
+      step = (m * first) / (jnp.sqrt(v) * second + eps)
       return step, encode(m, mu, DYNAMIC_MAP), encode(v, nu, UNSIGNED_MAP)
 
     leaves, tree = jax.tree.flatten(grads)

@@ -16,6 +16,8 @@ looped over, if its part of the jaxpr treats every index of that axis alike and
 the axis is not split over devices. An update that mixes all state (few do) is
 one piece, and one that mixes its axes (Muon) a piece for each array.
 Nothing is computed otherwise than without paging: updates are the same bits.
+(With rates that differ by layer, and only in arrays that are cut, XLA may round
+the last bit of a product otherwise: seen on JAX 0.12, not on 0.10.)
 
 On a GPU a piece crosses PCIe twice in every step; bitsandbytes pays that only
 when memory runs out.

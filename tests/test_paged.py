@@ -11,10 +11,19 @@ import pytest
 import tiny
 from jax.extend.core import Literal
 from test_optim import trained_tree
-from test_train import parts, sums
+from test_train import ONE, parts, sums
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import finetune, optim, paged, run, sharding, train
+from qdora_jax import (
+  AdapterSpec,
+  finetune,
+  init_adapter,
+  optim,
+  paged,
+  run,
+  sharding,
+  train,
+)
 from qdora_jax.checkpoint import Checkpoints
 
 
@@ -84,7 +93,7 @@ def test_updates_are_the_same(name, piece, monkeypatch):
   tree = large_tree() if name == 'adamw8bit' else trained_tree()
   rules = {'.*/(lora_b|down/kernel)': 2.0, '.*/lora_a': 0.0}
   if name == 'adamw8bit':
-    rules = {'layers/1/.*': 0.5, '.*/bias': 0.0}
+    rules = {'.*/down/kernel': 0.5, '.*/bias': 0.0}
   optimizer = optim.make_optimizer(
     1e-2,
     name,
@@ -97,6 +106,19 @@ def test_updates_are_the_same(name, piece, monkeypatch):
   assert kinds(want[1]) == {'device'}
   assert kinds(got[1]) == {'pinned_host'}
   tiny.assert_same(*(jax.tree.map(np.asarray, tree) for tree in (got, want)))
+
+
+@pytest.mark.slow
+def test_rates_by_layer_in_pieces(monkeypatch):
+  """Cut, the last bit may differ: how XLA rounds a product by such a rate."""
+  optimizer = optim.make_optimizer(1e-2, lr_scale={'layers/1/.*': 0.5})
+  want = updates(optimizer, large_tree(), 'none')
+  got = updates(optimizer, large_tree(), 'host')
+  tiny.assert_same(*(jax.tree.map(np.asarray, tree) for tree in (got, want)))
+  monkeypatch.setattr(paged, 'PIECE', 2**8)
+  got = updates(optimizer, large_tree(), 'host')
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=3e-7)
 
 
 @pytest.mark.parametrize('name', ['adamw', 'adamw8bit'])
@@ -271,6 +293,10 @@ def test_checkpoints_are_read_into_the_hosts_memory(tmp_path, devices):
 def fitted(quant, method, mesh, steps, workdir=None, **options):
   """What `fit` gives, with weight decay and a norm that is clipped."""
   model, base, trained = parts(quant, method)
+  if method != 'none':
+    # One kernel keeps compiling short.
+    spec = AdapterSpec(method, 4, 8.0, targets=ONE)
+    trained = init_adapter(jax.random.key(0), base, spec)
   if mesh is not None:
     base = sharding.shard(base, mesh)
   return train.fit(
