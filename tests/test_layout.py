@@ -19,6 +19,8 @@ FLOORS = {
 }
 FLOORS[3] += ('loss', 'train', 'generate', 'evaluate', 'report')
 FLOORS[3] += ('folder', 'run', 'finetune')
+# A run refuses what its plan says cannot fit.
+FLOORS[3] += ('devices', 'published', 'footprint', 'traffic', 'plan')
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 
