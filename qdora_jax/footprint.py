@@ -33,6 +33,7 @@ from qdora_jax.transforms import adapted_norms, attach, norms, quantize
 
 Tree = dict[str, Any]
 FLOAT = 4  # Bytes of a float32.
+_QUANT, _ADAPTER = QuantSpec(), AdapterSpec()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Job:
   """
 
   model: ModelConfig
-  quant: QuantSpec | None = QuantSpec()
-  adapter: AdapterSpec | None = AdapterSpec()
+  quant: QuantSpec | None = _QUANT
+  adapter: AdapterSpec | None = _ADAPTER
   batch: int = 1
   seq_len: int = 512
   microbatches: int = 1

@@ -263,4 +263,3 @@ def check(job: Job, memory: int) -> Plan:
     f'device has {memory / GB:.1f} GB{hint}. To try nevertheless: '
     f'--config.train.ignore_plan=True\n{made}'
   )
-
