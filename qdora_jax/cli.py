@@ -1,9 +1,11 @@
-"""The command line: qdora train | evaluate | generate | export.
+"""The command line: qdora train | evaluate | generate | export | plan.
 
   qdora train    --config FILE --workdir DIR [--config.section.key=value ...]
   qdora evaluate --workdir DIR [--shots N]
   qdora generate --workdir DIR --prompt TEXT [--max-new-tokens N] [--raw]
   qdora export   --workdir DIR --format peft|merged|folded|base --out DIR
+  qdora plan     --config FILE [--config.section.key=value ...] [--model NAME]
+                 [--mesh fsdp=4,data=2] [--device h100] [--paged]
 
 The same train command again continues an interrupted run.
 """
@@ -32,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     'evaluate': _evaluate,
     'generate': _generate,
     'export': _export,
+    'plan': _plan,
   }
   if not argv or argv[0] in ('-h', '--help'):
     print(__doc__)
@@ -138,15 +141,61 @@ def _train(argv: list[str]) -> None:
   parser = _parser('train')
   parser.add_argument('--config', required=True)
   known, overrides = parser.parse_known_args(argv)
-  for word in overrides:
+  config = read_config(known.config, _overrides(overrides))
+  from qdora_jax.finetune import fine_tune
+
+  fine_tune(config, known.workdir)
+
+
+def _overrides(words: list[str]) -> list[str]:
+  for word in words:
     if not word.startswith('--config.') or '=' not in word:
       raise ValueError(
         f'{word!r} is no option; overrides look like --config.section.key=value'
       )
-  config = read_config(known.config, overrides)
-  from qdora_jax.finetune import fine_tune
+  return words
 
-  fine_tune(config, known.workdir)
+
+def _plan(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser('qdora plan', allow_abbrev=False)
+  parser.add_argument('--config', required=True)
+  parser.add_argument(
+    '--model', help='instead of the config: llama-3-8b, a directory, a hub id'
+  )
+  parser.add_argument('--mesh', default='', help='sizes: fsdp=4,data=2')
+  parser.add_argument('--device', help='a GPU: t4, rtx-3090, a100-80, h100 ...')
+  parser.add_argument(
+    '--paged', action='store_true', help='optimizer state in host memory'
+  )
+  known, words = parser.parse_known_args(argv)
+  words = _overrides(words)
+  if known.model:
+    words.append(f'--config.model.name={known.model}')
+  for size in filter(None, known.mesh.split(',')):
+    axis, equals, count = size.partition('=')
+    if axis not in ('data', 'fsdp', 'tensor') or not equals:
+      raise ValueError(
+        f'--mesh={known.mesh}: {size!r}: expected sizes of data, fsdp and '
+        'tensor, such as fsdp=4,data=2'
+      )
+    words.append(f'--config.mesh.{axis}={count}')
+  config = read_config(known.config, words)
+  from qdora_jax import devices, plan
+
+  device = devices.find(known.device) if known.device else None
+  made = plan.plan(plan.of_run(config, paged=known.paged))
+  print(f'{config.model.name}, {made}')
+  if device is not None:
+    print(plan.verdict(made, device))
+    return
+  for device in devices.DEVICES.values():
+    if plan.fits(made, device.usable):
+      print(plan.verdict(made, device))
+    else:
+      print(
+        f'{device.name}: does not fit ({device.usable / 1e9:.1f} GB); what '
+        f'would help: --device {device.name}'
+      )
 
 
 def _evaluate(argv: list[str]) -> None:

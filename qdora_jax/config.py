@@ -99,6 +99,7 @@ class TrainSection:
   microbatches: int
   save_every: int
   max_skipped: int
+  ignore_plan: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

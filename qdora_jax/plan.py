@@ -236,13 +236,6 @@ def of_run(
   )
 
 
-def device_memory() -> int | None:
-  """Bytes that the first device lets a program have; None where it is silent
-  (a CPU)."""
-  stats = jax.local_devices()[0].memory_stats()
-  return stats['bytes_limit'] if stats and 'bytes_limit' in stats else None
-
-
 def check(job: Job, memory: int) -> Plan:
   """Refuses a job that cannot fit, before anything is loaded.
 
@@ -263,3 +256,21 @@ def check(job: Job, memory: int) -> Plan:
     f'device has {memory / GB:.1f} GB{hint}. To try nevertheless: '
     f'--config.train.ignore_plan=True\n{made}'
   )
+
+
+def device_memory() -> int | None:
+  """Bytes that the first device lets a program have; None where it is silent
+  (a CPU)."""
+  stats = jax.local_devices()[0].memory_stats()
+  return stats['bytes_limit'] if stats and 'bytes_limit' in stats else None
+
+
+def refuse(config: RunConfig) -> None:
+  """`check` of a run on this machine, where its devices say what they hold.
+
+  Not with train.seq_len=0, whose meaning only the data knows.
+  """
+  memory = device_memory()
+  if memory is None or config.train.ignore_plan or not config.train.seq_len:
+    return
+  check(of_run(config, count=jax.device_count()), memory)

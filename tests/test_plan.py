@@ -11,6 +11,7 @@ from qdora_jax import (
   AdapterSpec,
   QuantSpec,
   attach,
+  cli,
   devices,
   footprint,
   init_adapter,
@@ -19,6 +20,7 @@ from qdora_jax import (
   rope,
   traffic,
 )
+from qdora_jax.finetune import fine_tune
 from qdora_jax.footprint import Job
 from qdora_jax.model import Decoder, LayerKind, ModelConfig
 from qdora_jax.optim import make_optimizer
@@ -320,6 +322,38 @@ def test_a_config_is_planned(tmp_path):
   assert job.model == model_config('llama-7b')
   with pytest.raises(ValueError, match=r'train\.seq_len=0'):
     of_run(tiny.run_config('llama-7b'))
+
+
+def test_a_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+  def opened(*_):
+    raise AssertionError('loaded')
+
+  monkeypatch.setattr('qdora_jax.plan.device_memory', lambda: 10**5)
+  monkeypatch.setattr('qdora_jax.finetune.Run.open', opened)
+  tiny.use_sums(monkeypatch)
+  model = tiny.write(tmp_path)
+  settings = {'train.seq_len': 16}
+  with pytest.raises(ValueError, match='GB a device by its plan'):
+    fine_tune(tiny.run_config(model, **settings), tmp_path / 'run')
+  settings['train.ignore_plan'] = True
+  with pytest.raises(AssertionError, match='loaded'):
+    fine_tune(tiny.run_config(model, **settings), tmp_path / 'run')
+
+
+def test_the_command(tmp_path, capsys):
+  config = tiny.config_file(tmp_path, tmp_path)
+  words = ['plan', '--config', str(config), '--model', 'smollm2-135m']
+  words += ['--config.train.seq_len=128', '--mesh', 'fsdp=2,data=2']
+  assert cli.main([*words, '--device', 't4']) == 0
+  said = capsys.readouterr().out
+  assert 'data=2, fsdp=2, tensor=1' in said
+  assert 'all-gather of packed codes' in said
+  assert 't4: fits' in said and 'tokens/s' in said
+  assert cli.main([*words, '--device', 'h200']) == 0
+  assert cli.main([*words, '--device', 'rtx3090']) == 1
+  assert 'near: rtx-3090' in capsys.readouterr().err
+  assert cli.main([*words, '--mesh', 'fdsp=2']) == 1
+  assert "'fdsp=2'" in capsys.readouterr().err
 
 
 def test_batches_that_do_not_split():
