@@ -192,7 +192,6 @@ def static(job: Job) -> dict[str, int]:
   }
 
 
-@functools.lru_cache(maxsize=64)
 def activations(job: Job) -> tuple[int, int]:
   """Bytes that the forward pass leaves on a device, and in the host's memory.
 
@@ -200,14 +199,23 @@ def activations(job: Job) -> tuple[int, int]:
   Over `tensor`, a device's part of a model is a model of fewer heads and
   features (Megatron, arXiv 1909.08053).
   """
+  model, parts = job.model, min(job.microbatches, 2)
   if job.tensor > 1:
-    c, ways = job.model, job.tensor
-    heads = -(-c.heads // ways)
-    kv = c.kv_heads // ways if c.kv_heads % ways == 0 else c.kv_heads
+    ways = job.tensor
+    heads = -(-model.heads // ways)
+    kv = model.kv_heads // (1 if model.kv_heads % ways else ways)
     model = dataclasses.replace(
-      c, heads=heads, kv_heads=math.gcd(kv, heads), ff=-(-c.ff // ways)
+      model, heads=heads, kv_heads=math.gcd(kv, heads), ff=-(-model.ff // ways)
     )
-    job = dataclasses.replace(job, model=model, tensor=1)
+  # One device's job, as little of it as the answer depends on.
+  own = {'data': 1, 'fsdp': 1, 'tensor': 1, 'optimizer': None, 'paged': False}
+  own |= {'model': model, 'microbatches': parts, 'batch': parts * job.rows}
+  return _kept(dataclasses.replace(job, learned=None, **own))
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(job: Job) -> tuple[int, int]:
+  """`activations` of a job on one device."""
   made = trees(job)
   model = Decoder(job.model, jnp.dtype(job.dtype), job.remat)
   dropout = job.adapter is not None and job.adapter.dropout > 0

@@ -1,6 +1,8 @@
 """Plans: exact trees, the compiler's count, published figures, bad input."""
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ from qdora_jax.sharding import make_mesh, shard, shard_batch
 from qdora_jax.train import initial_state, make_step
 
 GB = 1e9
+DETACH = Path(__file__).parents[1] / 'experiments/benchmarks/detach.py'
 METHODS = {
   'full': (None, None),
   'lora': (None, AdapterSpec('lora', rank=8)),
@@ -272,6 +275,16 @@ def test_offloaded_and_paged_bytes_leave_the_device():
   inputs = 32 * 512 * 4096 * 2
   assert made.host['activations'] == inputs
   assert plain.memory['activations'] - made.memory['activations'] == inputs
+
+
+@pytest.mark.slow
+def test_what_holding_the_norm_constant_saves():
+  """DoRA, section 4.3, from compiled programs: much, or with ours nothing."""
+  saving = runpy.run_path(str(DETACH))['saving']
+  free, held = saving('smollm2-135m', 4, 256, factored=False)
+  assert 0.05 < 1 - held / free < 0.4
+  free, held = saving('smollm2-135m', 4, 256, factored=True)
+  assert abs(1 - held / free) < 0.02
 
 
 def test_flops_are_the_usual_six_per_weight_and_token():
