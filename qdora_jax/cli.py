@@ -1,4 +1,4 @@
-"""The command line: qdora train | evaluate | generate | export.
+"""The command line: qdora train | evaluate | generate | export | plan.
 
   qdora train    --config FILE --workdir DIR [--config.section.key=value ...]
                  [--processes N], or on each machine
@@ -6,6 +6,8 @@
   qdora evaluate --workdir DIR [--shots N]
   qdora generate --workdir DIR --prompt TEXT [--max-new-tokens N] [--raw]
   qdora export   --workdir DIR --format peft|merged|folded|base --out DIR
+  qdora plan     --config FILE [--config.section.key=value ...] [--model NAME]
+                 [--mesh fsdp=4,data=2] [--device h100]
 
 The last three take --checkpoint last|best|STEP: the newest one otherwise.
 The same train command again continues an interrupted run.
@@ -37,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     'evaluate': _evaluate,
     'generate': _generate,
     'export': _export,
+    'plan': _plan,
   }
   if not argv or argv[0] in ('-h', '--help'):
     print(__doc__)
@@ -171,12 +174,7 @@ def _train(argv: list[str]) -> int | None:
   parser.add_argument('--num-processes', type=int, help='on all machines')
   parser.add_argument('--process-id', type=int, help='from 0')
   known, overrides = parser.parse_known_args(argv)
-  for word in overrides:
-    if not word.startswith('--config.') or '=' not in word:
-      raise ValueError(
-        f'{word!r} is no option; overrides look like --config.section.key=value'
-      )
-  config = read_config(known.config, overrides)
+  config = read_config(known.config, _overrides(overrides))
   places = [] if processes.here() else _places(known)
   if places:
     program = [sys.executable, '-m', 'qdora_jax.cli', 'train', *argv]
@@ -184,6 +182,54 @@ def _train(argv: list[str]) -> int | None:
   from qdora_jax.finetune import fine_tune
 
   fine_tune(config, known.workdir)
+
+
+def _overrides(words: list[str]) -> list[str]:
+  for word in words:
+    if not word.startswith('--config.') or '=' not in word:
+      raise ValueError(
+        f'{word!r} is no option; overrides look like --config.section.key=value'
+      )
+  return words
+
+
+def _plan(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser('qdora plan', allow_abbrev=False)
+  parser.add_argument('--config', required=True)
+  parser.add_argument(
+    '--model', help='instead of the config: llama-3-8b, a directory, a hub id'
+  )
+  parser.add_argument('--mesh', default='', help='sizes: fsdp=4,data=2')
+  parser.add_argument('--device', help='a GPU: t4, rtx-3090, a100-80, h100 ...')
+  known, words = parser.parse_known_args(argv)
+  words = _overrides(words)
+  if known.model:
+    words.append(f'--config.model.name={known.model}')
+  for size in filter(None, known.mesh.split(',')):
+    axis, equals, count = size.partition('=')
+    if axis not in ('data', 'fsdp', 'tensor') or not equals:
+      raise ValueError(
+        f'--mesh={known.mesh}: {size!r}: expected sizes of data, fsdp and '
+        'tensor, such as fsdp=4,data=2'
+      )
+    words.append(f'--config.mesh.{axis}={count}')
+  config = read_config(known.config, words)
+  from qdora_jax import devices, plan
+
+  device = devices.find(known.device) if known.device else None
+  made = plan.plan(plan.of_run(config))
+  print(f'{config.model.name}, {made}')
+  if device is not None:
+    print(plan.verdict(made, device))
+    return
+  for device in devices.DEVICES.values():
+    if plan.fits(made, device.usable):
+      print(plan.verdict(made, device))
+    else:
+      print(
+        f'{device.name}: does not fit ({device.usable / 1e9:.1f} GB); what '
+        f'would help: --device {device.name}'
+      )
 
 
 def _places(known: argparse.Namespace) -> list[processes.Place]:

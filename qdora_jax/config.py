@@ -102,6 +102,7 @@ class TrainSection:
   max_skipped: int
   keep_last: int = 2
   keep_best: int = 0
+  ignore_plan: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

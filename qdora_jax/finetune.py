@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import tqdm
 
-from qdora_jax import data, folder, optim, processes, report, train
+from qdora_jax import data, folder, optim, plan, processes, report, train
 from qdora_jax.config import RunConfig
 from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
@@ -36,7 +36,8 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
     config.data.eval_size is 0.
 
   Raises:
-    ValueError: if workdir holds a run of another config.
+    ValueError: if workdir holds a run of another config, or the run cannot
+      fit its GPU by its plan (with the plan's table).
     OSError: if it cannot be written.
   """
   workdir = Path(workdir)
@@ -44,6 +45,7 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
   began = time.perf_counter()
   # What takes least goes first: bad data is found before a model is loaded.
   found = data.load_data(config.data)
+  plan.refuse(config)
   run = Run.open(config, workdir)
   run.data = found
   batches, _ = run.batches(), run.held_out
@@ -219,6 +221,7 @@ def _fit(run: Run, batches: Batches) -> train.Fitted:
     max_skipped=config.train.max_skipped,
     donate=True,
     paged=config.optim.paged,
+    room=plan.room(config),
   )
 
 

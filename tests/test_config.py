@@ -7,7 +7,13 @@ import pytest
 import tiny
 
 from qdora_jax import AdapterSpec, QuantSpec
-from qdora_jax.config import AdapterSection, RunConfig, TrainSection, later
+from qdora_jax.config import (
+  AdapterSection,
+  OptimSection,
+  RunConfig,
+  TrainSection,
+  later,
+)
 
 
 def test_base_py_lists_every_key():
@@ -191,9 +197,17 @@ def test_patterns_by_name_come_through_a_config_file_in_order(tmp_path):
 def test_a_folder_of_an_earlier_version_is_the_same_run():
   """Keys added since mean what was done before there were any."""
   values = tiny.config('model')
-  added = {'adapter': later(AdapterSection), 'train': later(TrainSection)}
-  assert set(added['adapter']) == {'init', 'projection_seed'}
-  assert added['train'] == {'keep_last': 2, 'keep_best': 0}
+  sections = {
+    'adapter': AdapterSection,
+    'train': TrainSection,
+    'optim': OptimSection,
+  }
+  added = {name: later(section) for name, section in sections.items()}
+  assert added == {
+    'adapter': {'init': 'kaiming', 'projection_seed': 0},
+    'train': {'keep_last': 2, 'keep_best': 0, 'ignore_plan': False},
+    'optim': {'paged': 'none'},
+  }
   now = RunConfig.make(values)
   for section, keys in added.items():
     for key in keys:

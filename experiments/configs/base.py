@@ -111,6 +111,9 @@ def get_config() -> ml_collections.ConfigDict:
   # A step whose loss or gradient is not finite is skipped and counted; so many
   # in a row end the run.
   config.train.max_skipped = 5
+  # A run that cannot fit its GPU by its plan (`qdora plan`) is refused before
+  # anything is loaded; True lets it try.
+  config.train.ignore_plan = False
 
   config.optim = ml_collections.ConfigDict(convert_dict=False)
   # Any optimizer of optax or optax.contrib that takes a learning rate; or

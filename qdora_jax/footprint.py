@@ -1,0 +1,333 @@
+"""What a training step holds in memory, from shapes alone.
+
+Nothing is measured and nothing is asked of the compiler. What outlives a step's
+phases - base, adapter, optimizer state, gradients - is `eval_shape` of the real
+trees, laid out by the real sharding rules, and so exact. What the forward pass
+leaves for the backward pass is exact, too: JAX's own trace of the model's
+derivative says which arrays these are, for every remat policy. Two kinds are
+formulas, written down from XLA's buffer assignments (CPU, JAX 0.10):
+
+  workspace   what one layer's backward pass has at its worst moment
+  logits      a chunk of tokens' logits and their gradient
+
+Both take turns, and the larger of the two counts.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, AxisType
+
+from qdora_jax import optim, paths
+from qdora_jax.adapter import init_adapter
+from qdora_jax.loss import CHUNK
+from qdora_jax.model import Decoder, ModelConfig, Remat, init_cache
+from qdora_jax.sharding import AXES, shardings
+from qdora_jax.specs import TAKEN, AdapterSpec, QuantSpec
+from qdora_jax.transforms import adapted_norms, attach, norms, quantize
+
+Tree = dict[str, Any]
+FLOAT = 4  # Bytes of a float32.
+_QUANT, _ADAPTER = QuantSpec(), AdapterSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A training step, without its weights.
+
+  Attributes:
+    model: the architecture.
+    quant: what of it is quantized; None for nothing.
+    adapter: what is trained; None for full fine-tuning.
+    batch: examples per optimizer step, on all devices together.
+    seq_len: tokens per example.
+    microbatches: as in `train.make_step`.
+    learned: tokens per example that the loss is taken on; None: all.
+    dtype: of products, activations and of what stays unquantized.
+    remat: as in `Decoder`.
+    optimizer: any optax transformation; AdamW if None.
+    paged: whether its state waits in the host's memory.
+    data, fsdp, tensor: sizes of the mesh.
+  """
+
+  model: ModelConfig
+  quant: QuantSpec | None = _QUANT
+  adapter: AdapterSpec | None = _ADAPTER
+  batch: int = 1
+  seq_len: int = 512
+  microbatches: int = 1
+  learned: int | None = None
+  dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
+  remat: Remat = 'block'
+  optimizer: optax.GradientTransformation | None = None
+  paged: bool = False
+  data: int = 1
+  fsdp: int = 1
+  tensor: int = 1
+
+  @property
+  def devices(self) -> int:
+    return self.data * self.fsdp * self.tensor
+
+  @property
+  def rows(self) -> int:
+    """Examples that one device has in memory at once."""
+    parts = self.data * self.fsdp * self.microbatches
+    return -(-self.batch // parts)
+
+  @property
+  def tokens(self) -> int:
+    """Tokens that one device has in memory at once."""
+    return self.rows * self.seq_len
+
+  @property
+  def width(self) -> int:
+    """Bytes of one number of the compute dtype."""
+    return jnp.dtype(self.dtype).itemsize
+
+  def mesh(self) -> AbstractMesh:
+    sizes = (self.data, self.fsdp, self.tensor)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trees:
+  """The trees of a job, as shapes.
+
+  Attributes:
+    base: frozen parameters; {} for full fine-tuning.
+    trained: the adapter, or all parameters.
+    state: the optimizer's.
+    fixed: squared norms of the base.
+  """
+
+  base: Tree
+  trained: Tree
+  state: Any
+  fixed: Tree
+
+
+def trees(job: Job) -> Trees:
+  """The real trees' shapes: initialized, quantized, adapted, under eval_shape.
+
+  Raises:
+    ValueError: as `quantize` and `init_adapter`.
+  """
+  optimizer = job.optimizer or _ADAMW
+  return _trees(job.model, job.quant, job.adapter, job.dtype, optimizer)
+
+
+_ADAMW = optim.make_optimizer(1e-4)
+
+
+@functools.lru_cache(maxsize=16)
+def _trees(
+  model: ModelConfig,
+  quant: QuantSpec | None,
+  adapter: AdapterSpec | None,
+  dtype: str,
+  optimizer: optax.GradientTransformation,
+) -> Trees:
+  key = jax.random.key(0)
+
+  def init() -> Tree:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    params = Decoder(model).init(key, tokens)['params']
+    # As they are loaded; full fine-tuning has float32 masters.
+    own = jnp.float32 if adapter is None else dtype
+    params = jax.tree.map(lambda a: a.astype(own), params)
+    return params if quant is None else quantize(params, quant)
+
+  base = jax.eval_shape(init)
+  if adapter is None:
+    base, trained = {}, base
+  else:
+    if adapter.init in TAKEN:  # It differs in values, not in shapes.
+      adapter = dataclasses.replace(adapter, init='kaiming')
+    trained = jax.eval_shape(
+      lambda base: init_adapter(key, base, adapter), base
+    )
+  state = jax.eval_shape(optimizer.init, trained)
+  return Trees(base, trained, state, jax.eval_shape(norms, base, trained))
+
+
+def share(tree: Any, job: Job) -> dict[str, int]:
+  """{path: bytes} of every array of a tree, on one device of the job's mesh."""
+  placed = jax.tree_util.tree_leaves_with_path(shardings(tree, job.mesh()))
+  leaves = jax.tree.leaves(tree)
+  return {
+    paths.of(path): math.prod(sharding.shard_shape(leaf.shape))
+    * leaf.dtype.itemsize
+    for (path, sharding), leaf in zip(placed, leaves, strict=True)
+  }
+
+
+def static(job: Job) -> dict[str, int]:
+  """Bytes on one device, by kind, of what a step is given and gives back.
+
+  Gradients are of the trained tree, twice when summed over microbatches.
+  """
+  made = trees(job)
+  base, trained = share(made.base, job), share(made.trained, job)
+  kinds = dict.fromkeys(('base codes', 'absmax', 'full precision'), 0)
+  for path, size in base.items():
+    part = path.rpartition('/')[2]
+    scales = part in ('absmax', 'nested', 'offset')
+    name = 'absmax' if scales else 'full precision'
+    kinds['base codes' if part == 'codes' else name] += size
+  whole = sum(trained.values())
+  rows = job.rows * job.microbatches
+  # Tokens, positions, segments; loss_at, labels, weights: four bytes each.
+  batch = rows * (3 * job.seq_len + 3 * (job.learned or job.seq_len)) * 4
+  return kinds | {
+    'adapter' if made.base else 'parameters': whole,
+    'norms and batch': sum(share(made.fixed, job).values()) + batch,
+    'gradients': whole * (2 if job.microbatches > 1 else 1),
+    'optimizer': sum(share(made.state, job).values()),
+  }
+
+
+def activations(job: Job) -> tuple[int, int]:
+  """Bytes that the forward pass leaves on a device, and in the host's memory.
+
+  They are the residuals of the model's derivative that are none of its inputs.
+  Over `tensor`, a device's part of a model is a model of fewer heads and
+  features (Megatron, arXiv 1909.08053).
+  """
+  model, parts = job.model, min(job.microbatches, 2)
+  if job.tensor > 1:
+    ways = job.tensor
+    heads = -(-model.heads // ways)
+    kv = model.kv_heads // (1 if model.kv_heads % ways else ways)
+    model = dataclasses.replace(
+      model, heads=heads, kv_heads=math.gcd(kv, heads), ff=-(-model.ff // ways)
+    )
+  # One device's job, as little of it as the answer depends on.
+  own = {'data': 1, 'fsdp': 1, 'tensor': 1, 'optimizer': None, 'paged': False}
+  own |= {'model': model, 'microbatches': parts, 'batch': parts * job.rows}
+  return _kept(dataclasses.replace(job, learned=None, **own))
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(job: Job) -> tuple[int, int]:
+  """`activations` of a job on one device."""
+  made = trees(job)
+  model = Decoder(job.model, jnp.dtype(job.dtype), job.remat)
+  dropout = job.adapter is not None and job.adapter.dropout > 0
+
+  def forward(trained, base, fixed, tokens):
+    known = fixed
+    if job.microbatches > 1 and job.adapter is not None and job.adapter.detach:
+      known = adapted_norms(base, trained, fixed)
+    key = jax.random.key(0) if dropout else None
+
+    def hidden(trained: Tree) -> jax.Array:
+      params = attach(base, trained, norms=known, dropout_key=key)
+      three = (tokens, tokens, tokens)
+      return model.apply({'params': params}, *three, method='hidden')[0]
+
+    return jax.vjp(hidden, trained)[1]
+
+  tokens = jax.ShapeDtypeStruct((job.rows, job.seq_len), jnp.int32)
+  traced = jax.make_jaxpr(forward)(made.trained, made.base, made.fixed, tokens)
+  inputs = {*traced.jaxpr.invars, *traced.jaxpr.constvars}
+  kept = {
+    v: v.aval
+    for v in traced.jaxpr.outvars
+    if not hasattr(v, 'val') and v not in inputs  # Literals are no arrays.
+  }
+  device = host = 0
+  for aval in kept.values():
+    size = aval.size * jnp.dtype(aval.dtype).itemsize
+    on_host = aval.memory_space == jax.memory.Space.Host
+    device, host = device + size * (not on_host), host + size * on_host
+  return device, host
+
+
+# Arrays [tokens, F] alive while a feed-forward's backward pass runs, beside
+# what the forward pass kept (remat 'block', read off XLA's buffers): (in
+# float32, in the compute dtype). Adapted kernels' products come in float32,
+# once from the base and once from A and B; both wait for their sum's readers.
+_WIDE = {'full': (0, 5), 'lora': (4, 9), 'dora': (4, 7)}
+# Arrays [H, L, L] of float32: what the backward pass of attention makes of the
+# scores, and how many of them wait for it while the feed-forward's runs.
+_SCORES, _WAITING = 4, 3
+# Arrays [tokens, D]: norms' outputs, queries, residual sums, their gradients.
+_NARROW = 9
+
+
+def workspace(job: Job) -> int:
+  """Bytes of one layer's backward pass, of the weights it dequantizes, and of
+  what the update copies.
+
+  remat 'dots' kept two of the feed-forward's products, 'none' these, silu's
+  parts and attention's probabilities: they are activations then. The copies are
+  as large as the trained tree: XLA copies the moments before it writes them in
+  place, because the parameters' update reads them, too, and half of the copies
+  lie where other things were. A paged state is streamed instead, an array of
+  the tree at a time: two moments at most.
+  """
+  c, ways = job.model, job.tensor
+  adapted = job.adapter is not None
+  dora = adapted and job.adapter.has_magnitude
+  f32, narrow = _WIDE['dora' if dora else 'lora' if adapted else 'full']
+  recomputed = job.remat in ('block', 'offload')
+  f32 -= 0 if recomputed or not adapted else 2 if job.remat == 'dots' else 4
+  narrow -= 0 if recomputed or adapted else 2
+  stored = job.remat == 'none'
+  # With 'dots' and no adapter nothing of attention is asked for before its own
+  # turn: its product with o is there.
+  waiting = _WAITING - stored if adapted or job.remat != 'dots' else 0
+  wide = job.tokens * -(-c.ff // ways) * (f32 * FLOAT + narrow * job.width)
+  scores = attention_scores(job)
+  rest = job.tokens * c.width * _NARROW * job.width
+  # Gate and up, multiplied with at about the same time.
+  dense = 2 * c.width * -(-c.ff // ways) * job.width
+  unfactored = 0
+  if dora and not job.adapter.factored and job.microbatches == 1:
+    # W and V = W + s A B in float32, and V's square.
+    unfactored = 3 * c.width * -(-c.ff // ways) * FLOAT
+  feed_forward = wide + waiting * scores + dense + unfactored
+  trained = share(trees(job).trained, job).values()
+  copies = 2 * max(trained) if job.paged else sum(trained)
+  return copies + rest + max(feed_forward, (_SCORES - stored) * scores)
+
+
+def attention_scores(job: Job) -> int:
+  """Bytes of one layer's float32 scores, [B, H, L, L] on one device."""
+  heads = -(-job.model.heads // job.tensor)
+  return job.rows * heads * job.seq_len**2 * FLOAT
+
+
+def logits(job: Job) -> int:
+  """Bytes of a chunk's logits and of their gradient, float32; over `fsdp` of
+  the head, too, which is brought together for them."""
+  c = job.model
+  learned = job.learned or job.seq_len
+  chunk = min(job.rows * learned, max(CHUNK, job.rows))
+  vocab = -(-c.vocab // job.tensor)
+  head = vocab * c.width * job.width if job.fsdp > 1 else 0
+  return 2 * chunk * vocab * FLOAT + head
+
+
+def serving(job: Job) -> dict[str, int]:
+  """Bytes of answering instead of training, on one device, by kind.
+
+  The base, the adapter in the compute dtype and a KV cache of job.batch rows of
+  job.seq_len tokens.
+  """
+  cache = jax.eval_shape(
+    lambda: init_cache(job.model, job.batch, job.seq_len, job.dtype)
+  )
+  kept = static(job)
+  names = ('base codes', 'absmax', 'full precision')
+  trained = kept['adapter' if 'adapter' in kept else 'parameters']
+  return {name: kept[name] for name in names} | {
+    'adapter': trained * job.width // FLOAT,
+    'kv cache': sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)),
+  }

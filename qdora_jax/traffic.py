@@ -1,0 +1,140 @@
+"""What a training step moves between devices and computes, from shapes alone.
+
+Bytes are those one device receives, per optimizer step. Under FSDP a layer's
+packed codes are gathered where they are used, once in the forward loop over
+layers and once in the backward loop, whatever is rematerialized there
+(`tests/test_traffic.py` reads that off the compiled program), in every
+microbatch. The head is gathered once, for logits and their gradient together;
+of the embedding only rows travel. Gathering over n devices brings (n - 1) / n of
+the whole.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from qdora_jax import paths
+from qdora_jax.devices import Device
+from qdora_jax.footprint import Job, activations, share, trees
+from qdora_jax.sharding import shardings
+
+USES = 2
+
+
+def moved(job: Job) -> dict[str, int]:
+  """Bytes that one device receives in a step, by collective."""
+  made = trees(job)
+  uses = USES * job.microbatches
+  gathered = dict.fromkeys(('codes', 'absmax', 'full', 'trained'), 0)
+  scattered = everywhere = 0
+  for name, tree in (('base', made.base), ('trained', made.trained)):
+    specs = jax.tree_util.tree_leaves_with_path(shardings(tree, job.mesh()))
+    sizes = share(tree, job)
+    for path, sharding in specs:
+      axes = [a for axis in sharding.spec for a in _names(axis)]
+      path = paths.of(path)
+      # Together one device holds fsdp shares, all but one of them received.
+      others = sizes[path] * (job.fsdp - 1)
+      if 'fsdp' not in axes:
+        everywhere += sizes[path] * (name == 'trained')
+        continue
+      # What is sharded over fsdp is reduced to its owner.
+      scattered += others * (name == 'trained') * job.microbatches
+      part = path.rpartition('/')[2]
+      kind = part if part in ('codes', 'absmax') else 'full'
+      kind = 'trained' if name == 'trained' else kind
+      if path == _head(job):
+        gathered[kind] += others * job.microbatches
+      elif not path.startswith('embed/'):
+        gathered[kind] += others * uses
+  own = sum(share(made.trained, job).values())
+  reduced = 2 * own * (job.data - 1) // job.data
+  reduced += 2 * everywhere * (job.fsdp - 1) // job.fsdp * job.microbatches
+  # A ring's all-reduce over tensor: the outputs of o and down, and the
+  # gradients of what q, k, v and gate, up read, in every layer.
+  passes = 2 + (job.remat != 'none')
+  across = 2 * job.tokens * job.model.width * job.width * job.microbatches
+  across = across * job.model.layers * 2 * passes // 2
+  ring = 2 * (job.tensor - 1) / job.tensor
+  _, host = activations(job)
+  return {
+    'all-gather of packed codes': gathered['codes'],
+    'all-gather of absmax': gathered['absmax'],
+    'all-gather of full-precision leaves': gathered['full'],
+    'all-gather of trained leaves': gathered['trained'],
+    'reduce-scatter of gradients': scattered,
+    'all-reduce of gradients': reduced,
+    'all-reduce of activations': int(across * ring),
+    "all-to-all of the embedding's rows": _rows(job),
+    'to the host and back': 2 * host * job.microbatches
+    + (2 * sum(share(made.state, job).values()) if job.paged else 0),
+  }
+
+
+def _head(job: Job) -> str:
+  """The path of what logits are made with."""
+  return 'embed/embedding' if job.model.tied else 'lm_head/kernel'
+
+
+def _rows(job: Job) -> int:
+  """Looked up by features, and wanted by rows: bytes that change places."""
+  size = 4 if job.adapter is None else jnp.dtype(job.dtype).itemsize
+  trained = 2 if job.adapter is None else 1
+  rows = job.tokens * job.model.width * size * trained * job.microbatches
+  return rows * (job.fsdp - 1) // job.fsdp
+
+
+def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  if axis is None:
+    return ()
+  return (axis,) if isinstance(axis, str) else tuple(axis)
+
+
+def flops(job: Job) -> float:
+  """FLOPs of one device in a step; a multiply-add counts as two.
+
+  A product is made once forward and once for its input's gradient, once for its
+  weight's where that is trained, and once more where remat makes it again.
+  Attention is counted as it is computed here: every query with every key.
+  """
+  c, made = job.model, trees(job)
+  again = job.remat in ('block', 'offload')
+  full = job.adapter is None
+  flat = paths.flatten(made.trained if full else made.base)
+  layers = [leaf for p, leaf in flat.items() if p.endswith('/kernel')]
+  kernels = sum(math.prod(k.shape) for k in layers if len(k.shape) == 3)
+  per_token = 2 * kernels * (2 + full + again)
+  thin = sum(
+    math.prod(leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(made.trained)
+    if paths.of(path).endswith(('lora_a', 'lora_b'))
+  )
+  per_token += 2 * thin * (3 + (job.remat != 'none'))
+  scores = 4 * job.seq_len * c.heads * c.head_dim * c.layers
+  per_token += scores * (3 + (job.remat != 'none'))
+  tokens = job.batch * job.seq_len
+  learned = job.batch * (job.learned or job.seq_len)
+  head = 2 * c.width * c.vocab * (2 + full) * learned
+  return (per_token * tokens + head) / job.devices
+
+
+def bound(job: Job, device: Device) -> tuple[float, str]:
+  """(tokens per second at most on all devices together, by what).
+
+  The best that arithmetic, memory, links between devices or the host's link
+  allow, each at its published peak and all overlapped: no program is faster.
+  """
+  made, wire = trees(job), moved(job)
+  host = wire.pop('to the host and back')
+  base = sum(share(made.base, job).values()) * job.fsdp
+  read = base * USES * job.microbatches
+  read += 3 * sum(share(made.state, job).values())
+  limits = {
+    'arithmetic': flops(job) / device.flops,
+    'memory': read / device.bandwidth,
+    'links': sum(wire.values()) / device.link,
+    "the host's link": host / device.host_link,
+  }
+  what = max(limits, key=limits.get)
+  return job.batch * job.seq_len / limits[what], what
