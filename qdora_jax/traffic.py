@@ -5,8 +5,8 @@ packed codes are gathered where they are used, once in the forward loop over
 layers and once in the backward loop, whatever is rematerialized there
 (`tests/test_traffic.py` reads that off the compiled program), in every
 microbatch. The head is gathered once, for logits and their gradient together;
-of the embedding only rows travel. Gathering over n devices brings (n - 1) / n of
-the whole.
+of the embedding only rows travel. Gathering over n devices brings (n - 1) / n
+of the whole.
 """
 
 import math
