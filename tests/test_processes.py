@@ -312,19 +312,28 @@ def test_when_one_is_killed_the_others_end_and_the_run_resumes(
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize('told', ['parent', 'first', 'second'])
-def test_a_signal_to_any_of_them_saves_and_ends_all(command, whole, told):
-  workdir = command.folder / f'signal-{told}'
+@pytest.mark.parametrize(
+  ('told', 'name'),
+  [
+    ('parent', 'SIGTERM'),
+    ('parent', 'SIGINT'),
+    ('first', 'SIGTERM'),
+    ('second', 'SIGTERM'),
+  ],
+)
+def test_a_signal_to_any_of_them_saves_and_ends_all(command, whole, told, name):
+  number = signal.Signals[name]
+  workdir = command.folder / f'{name}-{told}'
   process = command.start(workdir, '--processes=2')
   pids = {'parent': process.pid}
   pids['first'], pids['second'] = workers(process).values()
   wait_for_rows(process, workdir, 1)
-  os.kill(pids[told], signal.SIGTERM)
+  os.kill(pids[told], number)
   code, _, err = command.ended(process, workdir)
   step = read_log(workdir / 'metrics.jsonl')[-1]['step']
   assert (code, err) == (
-    143,
-    f'SIGTERM: saved after step {step}; the same command continues\n',
+    128 + number,
+    f'{name}: saved after step {step}; the same command continues\n',
   )
   assert (workdir / 'checkpoints' / str(step)).is_dir()
   code, out, err = command.run(workdir, '--processes=2')
@@ -366,14 +375,16 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(command, whole):
 
 @linux
 @pytest.mark.slow
-def test_machines_of_a_cluster_tell_of_one_that_is_lost(command):
+@pytest.mark.parametrize('lost', [0, 1])
+def test_machines_of_a_cluster_tell_of_one_that_is_lost(command, lost):
   """Each with a command of its own, as on two machines."""
   (place,) = {place.coordinator for place in processes.local(2)}
-  ends = [command.folder / f'machine-{n}' for n in range(2)]
+  ends = [command.folder / f'machine-{n}-{lost}' for n in range(2)]
+  shared = command.folder / f'cluster-{lost}'
+  shared.mkdir()
   for n in range(2):
     # One run folder that both see.
-    ends[n].symlink_to(command.folder / 'cluster')
-  (command.folder / 'cluster').mkdir()
+    ends[n].symlink_to(shared)
   machines = [
     command.start(
       ends[n],
@@ -385,14 +396,17 @@ def test_machines_of_a_cluster_tell_of_one_that_is_lost(command):
   ]
   pids = workers(machines[0], 1) | workers(machines[1], 1)
   wait_for_rows(machines[0], ends[0], 1)
-  os.kill(pids[1], signal.SIGKILL)
+  os.kill(pids[lost], signal.SIGKILL)
   began = time.monotonic()
-  code, _, err = command.ended(machines[1], ends[1])
-  assert code == 1 and err.startswith('qdora: process 1 of 2 was ended by')
-  code, _, err = command.ended(machines[0], ends[0])
+  code, _, err = command.ended(machines[lost], ends[lost])
+  assert code == 1 and err.startswith(
+    f'qdora: process {lost} of 2 was ended by'
+  )
+  other = 1 - lost
+  code, _, err = command.ended(machines[other], ends[other])
   assert time.monotonic() - began < 60
   assert code and err.count('\n') == 1
-  assert 'process 0 of 2 ' in err and 'lost' in err
+  assert f'process {other} of 2 ' in err and 'lost' in err
   assert err.endswith('the same command continues\n')
 
 
