@@ -11,7 +11,17 @@ import transformers
 from golden import cases, families, ours, weights
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import load_pretrained, paths
+from qdora_jax import (
+  AdapterSpec,
+  QuantSpec,
+  attach,
+  init_adapter,
+  load_pretrained,
+  merge,
+  norms,
+  paths,
+  train,
+)
 from qdora_jax.interop import hf
 from qdora_jax.interop.families import model_config
 from qdora_jax.interop.fields import HARMLESS
@@ -49,6 +59,58 @@ def test_logits_and_gradients(name, tmp_path):
   assert got.keys() == want.keys()
   for tensor, norm in want.items():
     assert got[tensor] == pytest.approx(norm, rel=2e-4, abs=1e-7), tensor
+
+
+def whole_text(tokens):
+  """A batch, as `data` lays it out, in which every next token is learned."""
+  rows, length = tokens.shape
+  at = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+  return {
+    'tokens': tokens,
+    'positions': at,
+    'segments': np.zeros_like(tokens),
+    'loss_at': at[:, :-1],
+    'labels': tokens[:, 1:],
+    'weights': np.ones((rows, length - 1), np.float32),
+  }
+
+
+# Windows, two rotary settings and all norms; the others are run by CI.
+QUICK = 'gemma3'
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name == QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in families.CONFIGS
+  ],
+)
+def test_qdora_learns_and_merges(name, tmp_path):
+  folder = weights.write_hf(tmp_path, *families.make(name))
+  quant = QuantSpec(block_size=32)
+  model, base, _ = load_pretrained(folder, quant, remat='block')
+  packed = [
+    p for p, leaf in paths.flatten(base).items() if hasattr(leaf, 'codes')
+  ]
+  adapter = init_adapter(jax.random.key(0), base, AdapterSpec('dora', rank=4))
+  assert set(packed) == set(paths.flatten(adapter))
+  start = jax.tree.map(np.array, adapter)
+  optimizer = optax.adamw(5e-3)
+  step = train.make_step(model, optimizer)
+  state, fixed = (adapter, optimizer.init(adapter)), norms(base, adapter)
+  batch, losses = whole_text(families.prompt()), []
+  for n in range(4):
+    *state, seen = step(*state, base, fixed, batch, jax.random.key(n))
+    losses.append(float(seen['loss']))
+    assert np.isfinite(losses[-1]) and np.isfinite(float(seen['grad_norm']))
+  assert losses[-1] < 0.95 * losses[0], losses
+  for new, old in zip(*map(jax.tree.leaves, (state[0], start)), strict=True):
+    assert np.isfinite(new).all() and not np.array_equal(new, old)
+  tokens = families.prompt()
+  attached = ours.logits(model, attach(base, state[0]), tokens)
+  merged = ours.logits(model, merge(base, state[0]), tokens)
+  assert ours.relative(merged, attached) <= 1e-5
 
 
 # Read, and without effect on these models: their texts are not stretched, their
@@ -135,6 +197,35 @@ def config_of(name, **changes):
     ('gemma3', {'use_bidirectional_attention': True}, 'bidirectional'),
     ('gemma3', {'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping'),
     ('smollm3', {'no_rope_layers': [1, 0]}, r'no_rope_layers=\[1, 0\]'),
+    (
+      'smollm3',
+      {
+        'use_sliding_window': False,
+        'sliding_window': 5,
+        'layer_types': ['sliding_attention', 'full_attention'] * 2,
+      },
+      "layer_types with 'sliding_attention' and use_sliding_window=False",
+    ),
+    (
+      'qwen2',
+      {
+        'use_sliding_window': False,
+        'layer_types': ['sliding_attention', 'full_attention'] * 2,
+      },
+      'sliding_window says no size',
+    ),
+    (
+      'phi3_long',
+      {
+        'original_max_position_embeddings': ...,
+        'rope_parameters': {
+          **families.CONFIGS['phi3_long']['rope_parameters'],
+          'original_max_position_embeddings': 16,
+        },
+      },
+      'original_max_position_embeddings=16, of which .* 4096 where that',
+    ),
+    ('llama_yarn', {'max_position_embeddings': ...}, 'no .max_position_emb'),
     ('granite', {'embedding_multiplier': 'x'}, 'expected a number'),
     ('granite', {'logits_scaling': 0}, 'logits_scaling=0: .* above 0'),
     ('gemma2', {'query_pre_attn_scalar': -4}, 'above 0'),
@@ -193,6 +284,76 @@ def test_windows_are_read_as_transformers_reads_them():
   null = model_config(config_of('mistral', sliding_window=None), 'here')
   assert {kind.window for kind in absent.kinds} == {4096}
   assert {kind.window for kind in null.kinds} == {None}
+
+
+@pytest.mark.parametrize(
+  'name, changes, want',
+  [
+    ('qwen2', {'max_window_layers': 0}, [6] * 4),
+    ('qwen2', {'max_window_layers': 3}, [None, None, None, 6]),
+    ('qwen2', {'max_window_layers': ...}, [None] * 4),
+    ('qwen2', {'use_sliding_window': False}, [None] * 4),
+    ('qwen2', {'sliding_window': None}, [None] * 4),
+    (
+      'qwen2',
+      {'layer_types': ['sliding_attention', 'full_attention'] * 2},
+      [6, None, 6, None],
+    ),
+    ('qwen3', {'sliding_window': 5, 'max_window_layers': 1}, [None] * 4),
+    (
+      'qwen3',
+      {
+        'use_sliding_window': True,
+        'sliding_window': 5,
+        'max_window_layers': 1,
+      },
+      [None, 5, 5, 5],
+    ),
+    ('smollm3', {'sliding_window': 5}, [None] * 4),
+    (
+      'smollm3',
+      {'use_sliding_window': True, 'sliding_window': 5, 'layer_types': None},
+      [None, 5, None, 5],
+    ),
+    (
+      'smollm3',
+      {
+        'use_sliding_window': True,
+        'sliding_window': 5,
+        'layer_types': ['sliding_attention', 'full_attention'] * 2,
+      },
+      [5, None, 5, None],
+    ),
+  ],
+)
+def test_which_layers_have_a_window(name, changes, want):
+  """As tests/parity/test_families.py has it from transformers."""
+  kinds = model_config(config_of(name, **changes), 'here').kinds
+  assert [kind.window for kind in kinds] == want
+
+
+@pytest.mark.parametrize(
+  'name, beside, inside, want',
+  [
+    ('phi3_long', 16, None, 16),
+    ('phi3_long', 32, 16, 32),
+    ('phi3_long', ..., None, 4096),
+    ('phi3_long', ..., 4096, 4096),
+    ('phi3_long', 16, 16, 16),
+  ],
+)
+def test_the_length_of_pretraining(name, beside, inside, want):
+  """transformers' Phi3Config: beside rope_parameters, or else 4096."""
+  changes = {'original_max_position_embeddings': beside}
+  if inside is not None:
+    rope = families.CONFIGS[name]['rope_parameters']
+    rope = {**rope, 'original_max_position_embeddings': inside}
+    changes['rope_parameters'] = rope
+  turn = model_config(config_of(name, **changes), 'here').kinds[0].rope
+  assert turn.beyond == want
+  # transformers' _compute_longrope_parameters, of 64 / want.
+  stretched = 1 + np.log(max(64 / want, 1)) / np.log(want)
+  assert turn.amplitude == pytest.approx(np.sqrt(stretched), rel=1e-6)
 
 
 def test_a_window_hides_what_lies_before_it(tmp_path):

@@ -259,7 +259,9 @@ def _phi3(f: Fields) -> ModelConfig:
     # transformers: earlier names of the same.
     if key in settings and settings[key] in ('su', 'yarn'):
       settings[key] = 'longrope'
-  turn = rope_from(f, settings, shapes['head_dim'], partial=True)
+  turn = rope_from(
+    f, settings, shapes['head_dim'], partial=True, pretrained=4096
+  )
   window = f.take('sliding_window', int, None)
   return ModelConfig(**shapes, **_uniform(shapes, turn, window), fused=True)
 
@@ -292,8 +294,12 @@ def _smollm3(f: Fields) -> ModelConfig:
     for turns in turning
   ]
   windows = _windows(f, layers, types, window)
-  if not on:
-    windows = [None] * layers
+  if not on and any(windows):
+    # transformers masks by layer_types, and tells flash attention of no window.
+    f.refuse(
+      "layer_types with 'sliding_attention' and use_sliding_window=False",
+      "use_sliding_window=True, or 'full_attention' alone",
+    )
   turn = rope_of(f, shapes['head_dim'], 2e6)
   still = rope.still(shapes['head_dim'])
   kinds = zip(turning, windows, strict=True)

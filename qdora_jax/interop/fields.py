@@ -124,7 +124,11 @@ def rope_settings(f: Fields, theta: float) -> dict[str, Any]:
 
 
 def rope_from(
-  f: Fields, settings: Mapping[str, Any], head_dim: int, partial: bool = False
+  f: Fields,
+  settings: Mapping[str, Any],
+  head_dim: int,
+  partial: bool = False,
+  pretrained: int = 0,
 ) -> Rope:
   """The frequencies that rope settings stand for.
 
@@ -133,6 +137,8 @@ def rope_from(
     settings: rope_type, rope_theta and what the type needs.
     head_dim: Dh.
     partial: whether the family turns a part of each head only.
+    pretrained: the family's original_max_position_embeddings where the field is
+      absent; 0 if its class has no such field.
   """
   left = {k: v for k, v in settings.items() if v is not None}
   kind = left.pop('rope_type', left.pop('type', 'default'))
@@ -155,11 +161,23 @@ def rope_from(
   width = int(head_dim * share)
   if width % 2:
     f.refuse(f'a rotary width of {width}', 'an even one')
-  longest = f.take('max_position_embeddings', int, 2048)
-  original = f.take('original_max_position_embeddings', int, 0)
+  longest = f.take('max_position_embeddings', int, 0)
+  key = 'original_max_position_embeddings'
+  beside = f.take(key, int, 0)
+  original = beside or pretrained
   if kind in ('llama3', 'yarn', 'longrope'):
-    # transformers: the one beside the settings counts.
-    inside = number('original_max_position_embeddings', longest, int)
+    # Families differ in the default.
+    longest = f.need('max_position_embeddings')
+    # transformers: the one beside the settings counts, be it the default of the
+    # family's class.
+    inside = number(key, original or longest, int)
+    if pretrained and not beside and inside != pretrained:
+      raise ValueError(
+        f'{f.where}: config.json: rope_parameters: {key}={inside}, of which '
+        'transformers takes no notice: it takes the one beside '
+        f'rope_parameters, {pretrained} where that is absent. Write '
+        f'{key}={inside} beside them, or {pretrained} among them'
+      )
     original = original or inside
   if kind == 'default':
     made = rope.plain(theta, width)

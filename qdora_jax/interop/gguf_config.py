@@ -1,9 +1,11 @@
 """A GGUF file's metadata as the `config.json` of the same model.
 
 llama.cpp's converter leaves out what its own code knows by heart; where it
-does, a constant below says so.
+does, a constant below says so. What a file does say of its architecture is
+read, checked, known to change no logits (`HARMLESS`), or refused.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +27,26 @@ ARCHITECTURES = {
   'smollm3': ('smollm3', 'SmolLM3ForCausalLM'),
   'granite': ('granite', 'GraniteForCausalLM'),
 }
+# Fields of an architecture, without its name, of no effect on logits.
+HARMLESS = re.compile(
+  # The rows of the embedding say it; Gemma 3's converter cuts some off.
+  r'vocab_size'
+  # Read by no graph of llama.cpp: the rows of q and k are always permuted.
+  r'|tensor_data_layout'
+  # What an embedding model makes of its last layer.
+  r'|pooling_type'
+  # Of layer norms; these models have RMS norms.
+  r'|attention\.layer_norm_epsilon'
+  # A note (but Granite's graph does not turn where it is false: see _more).
+  r'|rope\.scaling\.finetuned'
+)
 # llama.cpp's graphs: Gemma 3's local layers turn by this base, and every sixth
-# layer sees all; every fourth of SmolLM3's does not turn.
-_GEMMA3_LOCAL_THETA, _GEMMA3_PATTERN, _SMOLLM3_INTERVAL = 1e4, 6, 4
+# layer sees all; every second of Gemma 2's; every fourth of SmolLM3's does not
+# turn.
+_GEMMA3_LOCAL_THETA, _GEMMA3_PATTERN, _GEMMA2_PATTERN = 1e4, 6, 2
+_SMOLLM3_INTERVAL = 4
+# Others' files say nothing of windows.
+_WINDOWED = ('llama', 'gemma2', 'gemma3', 'phi3')
 # llama.cpp: layers of the 27B models of Gemma 2 and 3, which scale scores by
 # width / heads; all others by the size of a head.
 _GEMMA_27B = {'gemma2': 46, 'gemma3': 62}
@@ -45,7 +64,8 @@ def build(
 
   Raises:
     ValueError: for an architecture that is not supported (naming the nearest),
-      for metadata that is missing, or that says what is not supported.
+      for metadata that is missing, not understood, or that says what is not
+      supported.
   """
   return _Builder(header, read, path).build()
 
@@ -58,6 +78,8 @@ class _Builder:
   ):
     self.fields, self.tensors = header.fields, header.tensors
     self.read, self.path = read, path
+    # Names of the fields that were asked for.
+    self.used: set[str] = set()
     self.arch = self.field('general.architecture')
     if not isinstance(self.arch, str) or self.arch not in ARCHITECTURES:
       raise ValueError(
@@ -68,6 +90,7 @@ class _Builder:
 
   def field(self, key: str) -> Any:
     """A field that must be there."""
+    self.used.add(key)
     if key not in self.fields:
       raise ValueError(
         f'{self.path}: metadata {key!r} is missing; it has '
@@ -135,9 +158,14 @@ class _Builder:
       'pad_token_id': self._token_id('padding'),
       'dtype': 'float32',
     }
-    self._expect('attention.value_length', head_dim)
+    for key in ('attention.value_length', 'attention.key_length_swa'):
+      self._expect(key, head_dim)
+    self._expect('attention.value_length_swa', head_dim)
     self._expect('expert_count', 0)
-    return config | self._more(config)
+    self._expect('attention.causal', True)
+    config |= self._more(config)
+    self._check_rest()
+    return config
 
   def _more(self, config: dict[str, Any]) -> dict[str, Any]:
     """What one architecture has and the others have not."""
@@ -145,6 +173,7 @@ class _Builder:
       'attention_bias': 'blk.0.attn_q.bias' in self.tensors,
       'mlp_bias': 'blk.0.ffn_up.bias' in self.tensors,
     }
+    window = self._window()
     # llama.cpp's graphs have no other activation.
     more: dict[str, Any] = {'hidden_act': 'silu'}
     if self.arch in ('gemma2', 'gemma3'):
@@ -154,29 +183,44 @@ class _Builder:
       more = {
         'hidden_activation': 'gelu_pytorch_tanh',
         'query_pre_attn_scalar': scalar,
-        'sliding_window': self.take('attention.sliding_window', 4096),
+        'sliding_window': window or 4096,
         'attn_logit_softcapping': None,
         'final_logit_softcapping': None,
       }
       for key in ('attn_logit_softcapping', 'final_logit_softcapping'):
         more[key] = self.take(key, None, float)
     if self.arch == 'gemma2':
+      self._expect('attention.sliding_window_pattern', _GEMMA2_PATTERN)
       caps = {'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0}
       more |= {k: v for k, v in caps.items() if more[k] is None}
     if self.arch == 'gemma3':
-      more['sliding_window_pattern'] = _GEMMA3_PATTERN
-    if self.arch in ('llama', 'smollm3', 'granite'):
+      key = 'attention.sliding_window_pattern'
+      pattern = self.take(key, _GEMMA3_PATTERN)
+      # llama.cpp: without a window, all layers see all.
+      more['sliding_window_pattern'] = 1 if window is None else pattern
+    if self.arch == 'llama' and window is not None:
+      # Of Llama's two classes in transformers, the one with a window.
+      if any(biases.values()):
+        self._expect('attention.sliding_window', 0)
+      more |= {
+        'architectures': ['MistralForCausalLM'],
+        'model_type': 'mistral',
+        'sliding_window': window,
+      }
+    elif self.arch in ('llama', 'smollm3', 'granite'):
       more |= biases
     if self.arch in ('qwen3', 'olmo2'):
       more['attention_bias'] = biases['attention_bias']
     if self.arch == 'phi3':
-      # llama.cpp writes 0 for Phi-4, which has none.
-      off = ('phi3.attention.sliding_window', 0) in self.fields.items()
-      window = None if off else self.take('attention.sliding_window', None)
       more['sliding_window'] = window
+      # transformers' Phi3Config takes this one, 4096 where it is absent, and
+      # passes over the one in rope_parameters.
+      more['original_max_position_embeddings'] = self._original()
     if self.arch == 'smollm3':
       more['no_rope_layer_interval'] = _SMOLLM3_INTERVAL
     if self.arch == 'granite':
+      # llama.cpp's build_granite: turns nothing if false.
+      self._expect('rope.scaling.finetuned', True)
       more |= {
         'attention_multiplier': self.need('attention.scale', float),
         'embedding_multiplier': self.take('embedding_scale', 1.0, float),
@@ -184,6 +228,22 @@ class _Builder:
         'logits_scaling': self.need('logit_scale', float),
       }
     return more
+
+  def _window(self) -> int | None:
+    """The window of an architecture that may have one; None for none."""
+    key = 'attention.sliding_window'
+    if self.arch not in _WINDOWED:
+      return None
+    # llama.cpp's converter writes 0 for Phi-4, which has none.
+    off = (f'{self.arch}.{key}', 0) in self.fields.items()
+    if off and self.arch != 'gemma2':
+      return None
+    return self.take(key, None)
+
+  def _original(self) -> int:
+    """The length of the texts of pretraining."""
+    longest = self.need('context_length')
+    return self.take('rope.scaling.original_context_length', longest)
 
   def _rope(self, head_dim: int) -> dict[str, Any]:
     """Rotary settings; divisors that the file holds become LongRoPE's."""
@@ -194,9 +254,8 @@ class _Builder:
       if self.arch != 'phi3':
         self._expect('rope.dimension_count', head_dim)
       rope['partial_rotary_factor'] = width / head_dim
-    longest = self.need('context_length')
-    kind = self._string('rope.scaling.type', 'none')
-    original = self.take('rope.scaling.original_context_length', longest)
+    self._expect('rope.dimension_count_swa', width)
+    original, kind = self._original(), self._kind()
     if kind == 'linear':
       rope |= {
         'rope_type': 'linear',
@@ -208,6 +267,17 @@ class _Builder:
         'factor': self.need('rope.scaling.factor', float),
         'original_max_position_embeddings': original,
       }
+      # convert_hf_to_gguf.py: transformers' settings, under these names.
+      for key, name in (
+        ('yarn_beta_fast', 'beta_fast'),
+        ('yarn_beta_slow', 'beta_slow'),
+        ('yarn_attn_factor', 'attention_factor'),
+      ):
+        value = self.take(f'rope.scaling.{key}', None, float)
+        if value is not None:
+          rope[name] = value
+      # llama.cpp: the ramp's weight, all of it by default.
+      self._expect('rope.scaling.yarn_ext_factor', 1.0)
     elif kind not in ('none', 'longrope'):
       self._expect('rope.scaling.type', 'none')
     self._expect('rope.scale_linear', 1.0)
@@ -226,22 +296,49 @@ class _Builder:
         'original_max_position_embeddings': original,
         'attention_factor': self.take('rope.scaling.attn_factor', 1.0, float),
       }
+    else:
+      # LongRoPE's amplitude and divisors come together.
+      self._expect('rope.scaling.attn_factor', 1.0)
+      if kind == 'longrope':
+        self._expect('rope.scaling.type', 'none')
     if self.arch == 'gemma3':
-      local = {'rope_type': 'default', 'rope_theta': _GEMMA3_LOCAL_THETA}
+      theta = self.take('rope.freq_base_swa', _GEMMA3_LOCAL_THETA, float)
+      local = {'rope_type': 'default', 'rope_theta': theta}
       return {'full_attention': rope, 'sliding_attention': local}
     return rope
 
-  def _string(self, key: str, default: str) -> str:
-    name = f'{self.arch}.{key}'
-    return str(self.fields[name]) if name in self.fields else default
+  def _kind(self) -> str:
+    """How positions are stretched."""
+    name = f'{self.arch}.rope.scaling.type'
+    self.used.add(name)
+    if name in self.fields:
+      return str(self.fields[name])
+    # llama.cpp's llama_model::load_hparams: a factor of no type is linear's.
+    factor = f'{self.arch}.rope.scaling.factor'
+    said = factor in self.fields and self.fields[factor] != 0
+    return 'linear' if said else 'none'
 
   def _expect(self, key: str, value: Any) -> None:
     """Refuses what the config has no words for."""
     name = f'{self.arch}.{key}'
+    self.used.add(name)
     if name in self.fields and self.fields[name] != value:
       raise ValueError(
         f'{self.path}: {name} is {self.fields[name]!r}, expected {value!r}. '
         "Load the model's Hugging Face directory instead"
+      )
+
+  def _check_rest(self) -> None:
+    """Every field of the architecture's is read, harmless, or says nothing."""
+    for name, value in self.fields.items():
+      known = name in self.used or not name.startswith(f'{self.arch}.')
+      empty = value is False or value in (0, '', [])
+      if known or empty or HARMLESS.fullmatch(name.split('.', 1)[1]):
+        continue
+      raise ValueError(
+        f'{self.path}: {name} is {str(value)[:60]!r}, which is not understood '
+        f"for architecture {self.arch!r} and may change the model's "
+        "mathematics. Load the model's Hugging Face directory instead"
       )
 
   def _token_id(self, role: str) -> int | None:

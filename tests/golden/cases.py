@@ -90,6 +90,8 @@ STORED = [
   StoredCase('bfloat16', 32, 128, storage='bfloat16', dtype='bfloat16'),
   StoredCase('float16', 32, 128, True, storage='float16', dtype='float16'),
   StoredCase('float32', 32, 128, True, storage='float32'),
+  StoredCase('float64', 32, 128, True, storage='float64'),
+  StoredCase('int8', 32, 128, storage='int8'),
   # Blocks of 64 over rows of 96.
   StoredCase('straddling', 64, 96),
   StoredCase('straddling_nested', 64, 96, double_quant=True),

@@ -166,6 +166,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
   },
 }
 
+# What llama.cpp's converter does not write, as its files then say it: Gemma's
+# scale of scores is that of the layer's heads, its pattern and SmolLM3's are
+# those of the published models; Mistral's and Qwen's windows are gone, and
+# YaRN's mscale.
+AS_GGUF: dict[str, dict[str, Any]] = {
+  'gemma2': {'query_pre_attn_scalar': 24},
+  'gemma3': {'query_pre_attn_scalar': 24, 'layer_types': None},
+  'smollm3': {'no_rope_layers': None, 'no_rope_layer_interval': 4},
+  'mistral': {'sliding_window': None},
+  'qwen2': {'use_sliding_window': False},
+  'qwen3': _rope(
+    'yarn', factor=4.0, original_max_position_embeddings=16, beta_fast=8.0
+  ),
+}
+
+
+def as_gguf(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The same model, as far as a GGUF file can tell it."""
+  config, tensors = make(name)
+  if name in AS_GGUF:
+    config |= AS_GGUF[name]
+  return config, tensors
+
 
 def make(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """The config.json and the tensors of one of CONFIGS."""

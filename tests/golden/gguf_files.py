@@ -2,7 +2,8 @@
 
 Conventions (convert_hf_to_gguf.py): LlamaModel and its heirs permute the rows
 of q and k, Gemma's norms are stored with their 1 added, rotary divisors are
-tensors, Phi-3's fused gate and up is called ffn_up.
+tensors, Phi-3's fused gate and up is called ffn_up. Which fields an
+architecture has is what its class there writes.
 """
 
 import math
@@ -87,10 +88,12 @@ def write(
   tensors: dict[str, np.ndarray],
   kind: str = 'F32',
   raw: Mapping[str, tuple[np.ndarray, Any]] | None = None,
+  more: Mapping[str, Any] | None = None,
 ) -> Path:
   """The model in one file; matrices stored as `kind`, the rest as F32.
 
-  raw holds tensors that are packed already, and their storage types.
+  raw holds tensors that are packed already, and their storage types; more,
+  metadata beyond the converter's.
   """
   raw = {name(k, config['model_type']): v for k, v in (raw or {}).items()}
   model_type = config['model_type']
@@ -99,6 +102,7 @@ def write(
   heads = config['num_attention_heads']
   head = config.get('head_dim', config['hidden_size'] // heads)
   rope = config.get('rope_parameters', {'rope_theta': 10000.0})
+  local = rope.get('sliding_attention', {})
   rope = rope.get('full_attention', rope)
   writer = gguf.GGUFWriter(path, arch)
   writer.add_context_length(config['max_position_embeddings'])
@@ -109,12 +113,24 @@ def write(
   writer.add_head_count_kv(config['num_key_value_heads'])
   writer.add_layer_norm_rms_eps(config['rms_norm_eps'])
   writer.add_rope_freq_base(rope['rope_theta'])
-  writer.add_key_length(head)
-  writer.add_value_length(head)
-  writer.add_rope_dimension_count(
-    int(head * rope.get('partial_rotary_factor', 1.0))
-  )
-  writer.add_vocab_size(config['vocab_size'])
+  writer.add_file_type(0)
+  if 'head_dim' in config:
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+  if arch in ('llama', 'smollm3', 'granite', 'phi3'):
+    share = rope.get('partial_rotary_factor', 1.0)
+    writer.add_rope_dimension_count(int(head * share))
+  if arch in ('llama', 'smollm3', 'granite'):
+    writer.add_vocab_size(config['vocab_size'])
+  if local:
+    writer.add_rope_freq_base_swa(local['rope_theta'])
+  tokens = ['<unk>', '<s>', '</s>', 'a', 'b', 'ab']
+  tokens += [f't{n}' for n in range(len(tokens), config['vocab_size'])]
+  writer.add_tokenizer_model('gpt2')
+  writer.add_tokenizer_pre('qwen2')
+  writer.add_token_list(tokens)
+  writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+  writer.add_token_merges(['a b'])
   writer.add_bos_token_id(1)
   writer.add_eos_token_id(2)
   writer.add_pad_token_id(0)
@@ -129,6 +145,13 @@ def write(
     writer.add_rope_scaling_orig_ctx_len(
       rope['original_max_position_embeddings']
     )
+    for key, add in (
+      ('attention_factor', writer.add_rope_scaling_yarn_attn_factor),
+      ('beta_fast', writer.add_rope_scaling_yarn_beta_fast),
+      ('beta_slow', writer.add_rope_scaling_yarn_beta_slow),
+    ):
+      if key in rope:
+        add(rope[key])
   if scaling == 'llama3':
     extra['rope_freqs.weight'] = llama3_divisors(rope, head)
   if scaling == 'longrope':
@@ -140,8 +163,8 @@ def write(
     )
     for n in ('short', 'long'):
       extra[f'rope_factors_{n}.weight'] = np.float32(rope[f'{n}_factor'])
-  if arch in ('gemma2', 'gemma3', 'phi3') and config.get('sliding_window'):
-    writer.add_sliding_window(config['sliding_window'])
+  if arch in ('gemma2', 'gemma3', 'phi3'):
+    writer.add_sliding_window(config.get('sliding_window') or 0)
   if arch == 'gemma2':
     writer.add_attn_logit_softcapping(config['attn_logit_softcapping'])
     writer.add_final_logit_softcapping(config['final_logit_softcapping'])
@@ -150,6 +173,9 @@ def write(
     writer.add_embedding_scale(config['embedding_multiplier'])
     writer.add_residual_scale(config['residual_multiplier'])
     writer.add_logit_scale(config['logits_scaling'])
+  for key, value in (more or {}).items():
+    kind_of = gguf.GGUFValueType.get_type(value)
+    writer.add_key_value(f'{arch}.{key}', value, kind_of)
   for key, w in tensors.items():
     if arch in ('llama', 'smollm3', 'granite'):
       if '.q_proj.' in key:

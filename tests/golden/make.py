@@ -12,7 +12,8 @@ Takes some three minutes on two cores. The files are
   linear.npz                   PEFT's outputs and gradients
   adam8bit.npz                 bitsandbytes' AdamW after ten steps
   llama.json, llama.npz        transformers' logits, AdamW curves, PEFT's files
-  families.json, families.npz  gradient norms and logits of every model family
+  families.json, families.npz  gradient norms and logits of every model family;
+                               logits of what a GGUF file can tell of it
 
 Each JSON carries the versions that made it; `cases.py` and `families.py` say
 what is asked.
@@ -180,6 +181,10 @@ def every_family(root: Path) -> None:
     model = strangers.load(folder)
     arrays[name] = strangers.logits(model, families.prompt())
     norms[name] = strangers.gradient_norms(model, families.prompt())
+  for name in families.AS_GGUF:
+    folder = weights.write_hf(root / f'{name}.gguf', *families.as_gguf(name))
+    model = strangers.load(folder)
+    arrays[f'{name}.gguf'] = strangers.logits(model, families.prompt())
   np.savez_compressed(HERE / 'families.npz', **arrays)
   write('families.json', {'gradient_norms': norms})
 

@@ -181,11 +181,10 @@ def stored_linear(
 ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
   """What a checkpoint holds of a Linear4bit, and what it dequantizes to."""
   o, i = weight.shape
-  storages = {'uint8': torch.uint8, **DTYPES}
   options = {
     'compress_statistics': double_quant,
     'quant_type': 'nf4',
-    'quant_storage': storages[storage],
+    'quant_storage': getattr(torch, storage),
   }
   layer = bnb.nn.Linear4bit(i, o, False, **options)
   w = torch.from_numpy(weight).to(DTYPES[dtype])

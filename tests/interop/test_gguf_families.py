@@ -8,33 +8,32 @@ import pytest
 pytest.importorskip('gguf', reason="pip install 'qdora_jax[demo]'")
 
 import gguf
-from golden import families, gguf_files
+from golden import cases, families, gguf_files, ours
+from tiny import quick_compiles  # noqa: F401
 
+from qdora_jax import load_pretrained
 from qdora_jax.interop.families import model_config
 from qdora_jax.interop.gguf import GGUFCheckpoint
 
-# What a GGUF has no words for: llama.cpp knows it by heart, or does not use it.
-CHANGES = {
-  'gemma2': {'query_pre_attn_scalar': 24},
-  'gemma3': {'query_pre_attn_scalar': 24, 'layer_types': None},
-  'smollm3': {'no_rope_layers': None, 'no_rope_layer_interval': 4},
-  'mistral': {'sliding_window': None},
-  'qwen2': {'use_sliding_window': False},
-  'qwen3': {
-    'rope_parameters': families.CONFIGS['llama_yarn']['rope_parameters']
-  },
-}
+LOGITS = np.load(cases.HERE / 'families.npz')
 
 
-def made(name):
-  config, tensors = families.make(name)
-  changed = CHANGES.get(name, {})
-  return {**config, **changed}, tensors
+def written(folder, name, more=None, rope=None):
+  """The file of a family's model with more metadata and rotary settings."""
+  config, tensors = families.as_gguf(name)
+  if rope:
+    config['rope_parameters'] = config['rope_parameters'] | rope
+  return gguf_files.write(folder / 'model.gguf', config, tensors, more=more)
+
+
+def logits_of(path):
+  model, params, _ = load_pretrained(path, remat='none')
+  return ours.logits(model, params, families.prompt())
 
 
 @pytest.mark.parametrize('name', families.CONFIGS)
 def test_a_file_of_every_family(name, tmp_path):
-  config, tensors = made(name)
+  config, tensors = families.as_gguf(name)
   path = gguf_files.write(tmp_path / 'model.gguf', config, tensors)
   checkpoint = GGUFCheckpoint(path)
   assert checkpoint.shapes == {k: w.shape for k, w in tensors.items()}
@@ -50,6 +49,132 @@ def test_a_file_of_every_family(name, tmp_path):
   for mine, theirs in zip(got.kinds, want.kinds, strict=True):
     assert mine.window == theirs.window
     assert_same_turns(mine.rope, theirs.rope)
+
+
+@pytest.mark.parametrize('name', families.CONFIGS)
+def test_logits_are_those_of_the_directory_in_transformers(name, tmp_path):
+  want = LOGITS[f'{name}.gguf' if name in families.AS_GGUF else name]
+  assert ours.relative(logits_of(written(tmp_path, name)), want) <= 1e-5
+
+
+def test_a_llama_with_a_window_is_a_mistral(tmp_path):
+  """Which the converter does not write, and llama.cpp does not use."""
+  path = written(tmp_path, 'mistral', {'attention.sliding_window': 6})
+  config = GGUFCheckpoint(path).config
+  assert config['model_type'] == 'mistral'
+  assert config['architectures'] == ['MistralForCausalLM']
+  assert ours.relative(logits_of(path), LOGITS['mistral']) <= 1e-5
+
+
+def test_the_amplitude_of_yarn(tmp_path):
+  """transformers' attention_factor: here what its mscales come to."""
+  amplitude = (0.1 * np.log(4) + 1) / (0.05 * np.log(4) + 1)
+  path = written(tmp_path, 'qwen3', rope={'attention_factor': amplitude})
+  assert ours.relative(logits_of(path), LOGITS['qwen3']) <= 1e-5
+
+
+def test_the_length_of_pretraining_lies_where_phi3_looks_for_it(tmp_path):
+  config = GGUFCheckpoint(written(tmp_path, 'phi3_long')).config
+  assert config['original_max_position_embeddings'] == 16
+  inside = config['rope_parameters']['original_max_position_embeddings']
+  assert inside == 16
+
+
+@pytest.mark.parametrize(
+  'more, pattern, theta',
+  [
+    ({}, 6, 1e4),
+    ({'rope.freq_base_swa': 2e4}, 6, 2e4),
+    ({'attention.sliding_window_pattern': 2}, 2, 1e4),
+    ({'attention.sliding_window': 0}, 1, 1e4),
+  ],
+)
+def test_layers_of_gemma3(more, pattern, theta, tmp_path):
+  path = written(tmp_path, 'gemma3', more)
+  config = GGUFCheckpoint(path).config
+  assert config['sliding_window_pattern'] == pattern
+  local = config['rope_parameters']['sliding_attention']
+  assert local['rope_theta'] == theta
+  kinds = model_config(config, 'here').kinds
+  assert [kind.window for kind in kinds] == [
+    None if (n + 1) % pattern == 0 else 6 for n in range(4)
+  ]
+
+
+def test_a_factor_of_no_type_is_linear(tmp_path):
+  """As in llama.cpp."""
+  path = written(tmp_path, 'llama2', {'rope.scaling.factor': 4.0})
+  rope = GGUFCheckpoint(path).config['rope_parameters']
+  assert rope == {'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 4.0}
+
+
+# What would change the logits, by family; refused by name and value.
+FOREIGN = [
+  ('llama2', 'attention.scale', 0.5),
+  ('llama2', 'logit_scale', 2.0),
+  ('llama2', 'final_logit_softcapping', 30.0),
+  ('llama2', 'attn_logit_softcapping', 50.0),
+  ('llama2', 'attention.causal', False),
+  ('llama2', 'attention.max_alibi_bias', 8.0),
+  ('llama2', 'attention.clamp_kqv', 8.0),
+  ('llama2', 'use_parallel_residual', True),
+  ('llama2', 'rope.freq_base_swa', 1e5),
+  ('llama2', 'rope.scaling.attn_factor', 1.5),
+  ('llama2', 'rope.scaling.yarn_beta_fast', 8.0),
+  ('llama2', 'rope.scaling.type', 'longrope'),
+  ('llama2', 'rope.dimension_count_swa', 8),
+  ('llama2', 'attention.key_length_swa', 8),
+  ('llama2', 'attention.value_length', 8),
+  ('llama2', 'expert_used_count', 2),
+  ('llama2', 'a_setting_of_next_year', 'on'),
+  ('llama3', 'attention.sliding_window', 6),
+  ('llama_yarn', 'rope.scaling.attn_factor', 1.5),
+  ('llama_yarn', 'rope.scaling.yarn_ext_factor', 0.5),
+  ('llama_yarn', 'rope.scaling.yarn_log_multiplier', 1.0),
+  ('qwen2', 'attention.sliding_window', 6),
+  ('qwen2', 'rope.dimension_count', 8),
+  ('qwen3', 'attention.sliding_window', 6),
+  ('gemma2', 'attention.sliding_window_pattern', 4),
+  ('gemma2', 'attention.sliding_window', 0),
+  ('olmo2', 'attention.sliding_window_pattern', [True, False]),
+  ('granite', 'rope.scaling.finetuned', False),
+]
+
+
+@pytest.mark.parametrize('name, key, value', FOREIGN)
+def test_what_would_change_the_logits_is_refused(name, key, value, tmp_path):
+  # On files that are read without it.
+  GGUFCheckpoint(written(tmp_path, name))
+  path = written(tmp_path, name, {key: value})
+  with pytest.raises(ValueError) as error:
+    GGUFCheckpoint(path)
+  said = str(error.value)
+  assert f'.{key} is ' in said
+  assert str(value) in said
+  assert "Load the model's Hugging Face directory instead" in said
+
+
+@pytest.mark.parametrize(
+  'name, key, value',
+  [
+    ('llama2', 'tensor_data_layout', 'Meta AI original pth'),
+    ('llama2', 'attention.causal', True),
+    ('llama2', 'attention.layer_norm_epsilon', 1e-5),
+    ('llama2', 'attention.sliding_window', 0),
+    ('llama2', 'expert_used_count', 0),
+    ('llama2', 'use_parallel_residual', False),
+    ('llama_yarn', 'rope.scaling.finetuned', False),
+    ('llama_yarn', 'rope.scaling.yarn_log_multiplier', 0.0),
+    ('qwen3', 'pooling_type', 3),
+    ('qwen3', 'vocab_size', 60),
+    ('qwen3', 'rope.dimension_count', 24),
+    ('granite', 'rope.scaling.finetuned', True),
+  ],
+)
+def test_what_changes_no_logits_is_passed_over(name, key, value, tmp_path):
+  config = GGUFCheckpoint(written(tmp_path, name)).config
+  path = written(tmp_path, name, {key: value})
+  assert GGUFCheckpoint(path).config == config
 
 
 def without_rope(config):
@@ -73,7 +198,7 @@ KINDS = ['F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q8_0']
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_storage_types(kind, tmp_path):
-  config, tensors = made('llama2')
+  config, tensors = families.as_gguf('llama2')
   path = gguf_files.write(tmp_path / 'model.gguf', config, tensors, kind)
   checkpoint = GGUFCheckpoint(path)
   key = 'model.layers.1.mlp.down_proj.weight'
@@ -90,7 +215,7 @@ def test_storage_types(kind, tmp_path):
 def test_storage_types_that_gguf_only_reads(kind, tmp_path):
   """Blocks of 256 numbers of random bytes, with scales that are finite."""
   stored = gguf.GGMLQuantizationType[kind]
-  config, tensors = made('llama2')
+  config, tensors = families.as_gguf('llama2')
   config['intermediate_size'] = 256
   tensors = {
     k: np.resize(w, [256 if n == 128 else n for n in w.shape])

@@ -37,6 +37,8 @@ from qdora_jax.interop.gguf import GGUFCheckpoint
 TOKENS = np.arange(3, 35, dtype=np.int32).reshape(2, 16)
 DTYPES = {
   'uint8': torch.uint8,
+  'int8': torch.int8,
+  'float64': torch.float64,
   'bfloat16': torch.bfloat16,
   'float16': torch.float16,
   'float32': torch.float32,
@@ -279,6 +281,18 @@ def test_vera_is_pefts_over_the_same_random_matrices(source):
   params = attach(base, paths.unflatten(adapter))
   assert ours.relative(got, ours.logits(model, params, TOKENS)) <= 1e-5
   assert ours.relative(got, ours.logits(model, base, TOKENS)) > 1e-2
+
+
+@pytest.mark.parametrize('name', families.CONFIGS)
+def test_a_gguf_of_every_family_merged(name, tmp_path):
+  """A GGUF file, a trained adapter, and transformers reads what is written."""
+  path = gguf_files.write(tmp_path / 'in.gguf', *families.as_gguf(name))
+  model, base, adapter = trained(path, 'dora', None)
+  export_merged(tmp_path / 'out', base, adapter, path, 'float32')
+  theirs = strangers.load(tmp_path / 'out')
+  tokens = families.prompt()
+  want = ours.logits(model, attach(base, adapter), tokens)
+  assert ours.relative(strangers.logits(theirs, tokens), want) <= 1e-5
 
 
 ARCHITECTURES = ('llama2', 'qwen2', 'gemma2', 'phi3_long')
