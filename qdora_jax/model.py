@@ -321,7 +321,9 @@ class Decoder(nn.Module):
       kv = {'k': cache['k'], 'v': cache['v'], 'index': index}
       longest = keys.shape[1]
     kinds = list(dict.fromkeys(c.kinds))
-    turns = [angles(kind.rope, positions_BxL, longest) for kind in kinds]
+    turns = [
+      angles(kind.rope, positions_BxL, longest, segments_BxL) for kind in kinds
+    ]
     masks = [
       visible(positions_BxL, keys, segments_BxL, segments_BxL, kind.window)
       for kind in kinds

@@ -25,7 +25,8 @@ class Rope:
     frequencies: radians a position, one for each pair that turns; pairs beyond
       them are left as they are.
     amplitude: factor on queries and keys that turn.
-    beyond: texts longer than this take `long` instead; 0 for none.
+    beyond: texts (of a packed row, each by itself) longer than this take `long`
+      instead; 0 for none.
     long: their frequencies.
   """
 
@@ -163,22 +164,29 @@ def _numbers(frequencies: np.ndarray) -> tuple[float, ...]:
 
 
 def angles(
-  rope: Rope, positions_BxL: jax.Array, length: int | None = None
+  rope: Rope,
+  positions_BxL: jax.Array,
+  length: int | None = None,
+  segments_BxL: jax.Array | None = None,
 ) -> jax.Array:
   """(cos, sin) of every position, times the amplitude: f32 [2, B, L, 1, Dh/2].
 
   Args:
     rope: frequencies.
     positions_BxL: of the tokens.
-    length: of the text as far as it may grow (a cache's); None takes each row's
-      own last position.
+    length: of the text as far as it may grow (a cache's); None takes each
+      example's own last position.
+    segments_BxL: which packed example each token belongs to; None: one a row.
   """
   frequency = jnp.asarray(rope.frequencies, jnp.float32)[None, None]
   if rope.beyond:
     far = jnp.asarray(rope.long, jnp.float32)[None, None]
     if length is None:
-      real = jnp.where(positions_BxL < NOWHERE, positions_BxL, 0)
-      is_long = jnp.max(real, axis=1)[:, None, None] >= rope.beyond
+      real = jnp.where(positions_BxL < NOWHERE, positions_BxL, 0)[:, None, :]
+      if segments_BxL is not None:
+        own = segments_BxL[:, :, None] == segments_BxL[:, None, :]
+        real = jnp.where(own, real, 0)
+      is_long = jnp.max(real, axis=2, keepdims=True) >= rope.beyond
     else:
       is_long = length > rope.beyond
     frequency = jnp.where(is_long, far, frequency)

@@ -371,3 +371,49 @@ def test_a_window_hides_what_lies_before_it(tmp_path):
       parts.append(part)
     got = np.concatenate(parts, axis=1)
     assert ours.relative(got, LOGITS[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize('name', ['phi3', 'phi3_long', 'gemma3'])
+def test_packed_examples_are_as_they_are_alone(name, tmp_path):
+  """Beside examples longer than LongRoPE's short factors are for, too."""
+  folder = weights.write_hf(tmp_path, *families.make(name))
+  model, params, _ = load_pretrained(folder, remat='none')
+  long = jnp.asarray(families.prompt()[:1])
+  short = jnp.asarray(families.prompt()[1:, :8])
+  row = jnp.concatenate([short, long, jnp.zeros((1, 4), jnp.int32)], axis=1)
+  positions = jnp.concatenate([jnp.arange(n) for n in (8, 20, 4)])[None]
+  segments = jnp.repeat(jnp.asarray([1, 2, 0]), jnp.asarray([8, 20, 4]))[None]
+
+  def of(params, *inputs):
+    return model.apply({'params': params}, *inputs)
+
+  def loss(logits, tokens):
+    return jnp.sum(
+      optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1], tokens[:, 1:]
+      )
+    )
+
+  @jax.jit
+  def packed(params):
+    def both(params):
+      logits = of(params, row, positions, segments)
+      parts = logits[:, :8], logits[:, 8:28]
+      return loss(parts[0], short) + loss(parts[1], long), parts
+
+    return jax.grad(both, has_aux=True)(params)
+
+  @jax.jit
+  def alone(params):
+    def both(params):
+      parts = of(params, short), of(params, long)
+      return loss(parts[0], short) + loss(parts[1], long), parts
+
+    return jax.grad(both, has_aux=True)(params)
+
+  (got, (few, many)), (want, (mine, _)) = packed(params), alone(params)
+  assert ours.relative(np.asarray(few), np.asarray(mine)) <= 1e-5
+  assert ours.relative(np.asarray(many), LOGITS[name][:1]) <= 1e-5
+  for path, leaf in paths.flatten(want).items():
+    other = paths.flatten(got)[path]
+    assert ours.relative(np.asarray(other), np.asarray(leaf)) <= 1e-4, path
