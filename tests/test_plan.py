@@ -385,3 +385,11 @@ def test_batches_that_do_not_split():
 def test_every_published_architecture_is_one():
   for name in CONFIGS:
     assert model_config(name).layers == CONFIGS[name]['num_hidden_layers']
+
+
+@pytest.mark.slow
+def test_the_script_for_large_models_runs():
+  """On eight CPU devices, at a size for them; its GPU figures are to come."""
+  result = tiny.script('benchmarks/large.py').run('tiny', 64)
+  assert result['tokens'] == 8 * 64 and result['planned_bytes'] > 0
+  assert all(0 < loss < 10 for loss in result['losses'])
