@@ -170,7 +170,8 @@ def share(tree: Any, job: Job) -> dict[str, int]:
 def static(job: Job) -> dict[str, int]:
   """Bytes on one device, by kind, of what a step is given and gives back.
 
-  Gradients are of the trained tree, twice when summed over microbatches.
+  Gradients are of the trained tree. Their sum over microbatches lies where the
+  update's copies (see `workspace`) will, and counts where there are none.
   """
   made = trees(job)
   base, trained = share(made.base, job), share(made.trained, job)
@@ -187,7 +188,7 @@ def static(job: Job) -> dict[str, int]:
   return kinds | {
     'adapter' if made.base else 'parameters': whole,
     'norms and batch': sum(share(made.fixed, job).values()) + batch,
-    'gradients': whole * (2 if job.microbatches > 1 else 1),
+    'gradients': whole * (2 if job.microbatches > 1 and job.paged else 1),
     'optimizer': sum(share(made.state, job).values()),
   }
 
