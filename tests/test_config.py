@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from qdora_jax import AdapterSpec, QuantSpec
-from qdora_jax.config import AdapterSection, RunConfig, later
+from qdora_jax.config import AdapterSection, OptimSection, RunConfig, later
 
 
 def test_base_py_lists_every_key():
@@ -194,6 +194,7 @@ def test_a_folder_of_an_earlier_version_is_the_same_run():
   now = RunConfig.make(values)
   for key in added:
     del values['adapter'][key]
+  assert later(OptimSection) == {'paged': values['optim'].pop('paged')}
   before = RunConfig.make(values)
   assert before == now
   assert before.settings() == now.settings() == values
