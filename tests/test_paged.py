@@ -341,7 +341,7 @@ def states(monkeypatch):
     pytest.param('nf4', 'dora', 8, marks=pytest.mark.slow),
     pytest.param('none', 'none', 8, marks=pytest.mark.slow),
     pytest.param('nf4', 'lora', 8, marks=pytest.mark.slow),
-    ('nf4', 'dora', 1),
+    pytest.param('nf4', 'dora', 1, marks=pytest.mark.slow),
     pytest.param('none', 'none', 1, marks=pytest.mark.slow),
     pytest.param('none', 'magnitude', 1, marks=pytest.mark.slow),
   ],
