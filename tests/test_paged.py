@@ -338,7 +338,7 @@ def states(monkeypatch):
 @pytest.mark.parametrize(
   'quant, method, devices',
   [
-    ('nf4', 'dora', 8),
+    pytest.param('nf4', 'dora', 8, marks=pytest.mark.slow),
     pytest.param('none', 'none', 8, marks=pytest.mark.slow),
     pytest.param('nf4', 'lora', 8, marks=pytest.mark.slow),
     pytest.param('nf4', 'dora', 1, marks=pytest.mark.slow),
