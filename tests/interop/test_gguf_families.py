@@ -73,6 +73,24 @@ def test_the_amplitude_of_yarn(tmp_path):
   assert ours.relative(logits_of(path), LOGITS['qwen3']) <= 1e-5
 
 
+@pytest.mark.parametrize('change', [{'beta_fast': 1.0}, {'beta_slow': 0.25}])
+def test_the_ramp_of_yarn(change, tmp_path):
+  """The tiny qwen3's own is flat: so short a text turns no pair 8 times."""
+  path = written(tmp_path, 'qwen3', rope=change)
+  plain, _ = families.as_gguf('qwen3')
+  rope = plain['rope_parameters'] | change
+  got, want, other = (
+    model_config(config, 'here').kinds[0].rope
+    for config in (
+      GGUFCheckpoint(path).config,
+      plain | {'rope_parameters': rope},
+      plain,
+    )
+  )
+  assert_same_turns(got, want)
+  assert got != other
+
+
 def test_the_length_of_pretraining_lies_where_phi3_looks_for_it(tmp_path):
   config = GGUFCheckpoint(written(tmp_path, 'phi3_long')).config
   assert config['original_max_position_embeddings'] == 16

@@ -35,6 +35,8 @@ _TWO = ['sliding_attention', 'full_attention'] * 2
         'rope_parameters': {k: v for k, v in _YARN.items() if k != _ORIGINAL},
       },
     ),
+    ('llama_yarn', {'rope_parameters': {**_YARN, 'beta_fast': 1.0}}),
+    ('llama_yarn', {'rope_parameters': {**_YARN, 'beta_slow': 0.25}}),
     ('qwen2', {'max_window_layers': 0}),
     ('qwen2', {'max_window_layers': ...}),
     ('qwen2', {'sliding_window': None}),
