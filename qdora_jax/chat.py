@@ -5,17 +5,21 @@ it, the completion of a prompt, all of a plain text. What a model will be given
 when it generates is tokenized the way it will be given.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 
 from qdora_jax.interop import template
 from qdora_jax.rows import Row
 
 Chat = list[dict[str, str]]
+Parts = list[tuple[str, bool]]
+# Rows whose chats are rendered at a time.
+_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +44,15 @@ CHAT = Format()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-  """Token ids i32 [L], and bool [L]: is this token learned?"""
+  """Token ids i32 [L], and bool [L]: is this token learned?
+
+  `part` is 0 for all of a row; for one turn of a conversation that had to be
+  split, 1, 2, ...
+  """
 
   tokens: np.ndarray
   learned: np.ndarray
+  part: int = 0
 
   def __len__(self) -> int:
     return len(self.tokens)
@@ -64,10 +73,68 @@ def encode(
     form: how it becomes text.
 
   Raises:
-    ValueError: with the row's place, if it has no completion to learn, or the
-      chat template cannot say it.
+    ValueError: with the row's place, if it has no completion to learn, the chat
+      template cannot say it, or it takes several examples (`encode_turns`).
+  """
+  first, *more = encode_turns(tokenizer, row, form)
+  if more:
+    raise ValueError(
+      f'{row.place if isinstance(row, Row) else Row(row).place}: the '
+      "model's chat template rewrites earlier turns as a conversation goes on "
+      '(it leaves out their reasoning, say), so that no one example holds what '
+      f'the model sees at every turn; expected `encode_turns`, which gives '
+      f'{1 + len(more)}, one a turn'
+    )
+  return first
+
+
+def encode_turns(
+  tokenizer: Any, row: Row | Mapping[str, Any], form: Format = CHAT
+) -> list[Example]:
+  """A row as the one example it is, or as one for each assistant turn.
+
+  Some chat templates rewrite earlier turns as a conversation goes on: Qwen3's
+  leaves out their reasoning. What the model sees when it speaks is then another
+  text at every turn. So each becomes an example: the conversation up to it, of
+  which this turn alone is learned. A row whose template only adds turns is one
+  example, as `encode` gives it.
+
+  Args, Raises: as for `encode`.
   """
   row = row if isinstance(row, Row) else Row(row)
+  (examples,) = encode_rows(tokenizer, [row], form)
+  return examples
+
+
+def encode_rows(
+  tokenizer: Any, some: Iterable[Row], form: Format = CHAT
+) -> Iterator[list[Example]]:
+  """`encode_turns` of many rows, in less time."""
+  some = iter(some)
+  while rows := list(itertools.islice(some, _ROWS)):
+    chats = [_checked(row, form) for row in rows]
+    asked = [
+      (row.place, chat, _cuts(chat))
+      for row, chat in zip(rows, chats, strict=True)
+      if chat is not None
+    ]
+    with contextlib.closing(_render(tokenizer, asked)) as texts:
+      for row, chat in zip(rows, chats, strict=True):
+        if chat is None:
+          ask = [(_ask(row, form), False)] if row.form != ('text',) else []
+          parts = [*ask, (row.values[row.form[-1]], True)]
+          yield [_example(tokenizer, parts, bos(tokenizer))]
+          continue
+        every = _turns(chat, texts, row.place)
+        split = len(every) > 1
+        yield [
+          _example(tokenizer, parts, part=split * n)
+          for n, parts in enumerate(every, 1)
+        ]
+
+
+def _checked(row: Row, form: Format) -> Chat | None:
+  """`whole`, if there is something to learn."""
   chat = whole(row, form)
   if chat is not None:
     said = [turn['content'] for turn in chat if turn['role'] == 'assistant']
@@ -80,13 +147,15 @@ def encode(
       'that is not empty'
       + (f", by the role 'assistant'; its roles are {roles}" if roles else '')
     )
-  if chat is not None:
-    segments, first = _turns(tokenizer, chat, row.place), []
-  else:
-    asked = [(_ask(row, form), False)] if row.form != ('text',) else []
-    segments, first = [*asked, (said[0], True)], bos(tokenizer)
+  return chat
+
+
+def _example(
+  tokenizer: Any, parts: Parts, first: Sequence[int] = (), part: int = 0
+) -> Example:
+  """The example of some text, of which parts are learned."""
   tokens, learned = list(first), [False] * len(first)
-  for ids, learn in _tokenize(tokenizer, segments):
+  for ids, learn in _tokenize(tokenizer, parts):
     tokens += ids
     learned += _learned(tokenizer, ids) if learn else [False] * len(ids)
   # What follows the last completion is never seen by one.
@@ -95,7 +164,7 @@ def encode(
   if tokens[-1] not in (*tokenizer.all_special_ids, tokenizer.eos_token_id):
     tokens.append(tokenizer.eos_token_id)
     learned.append(True)
-  return Example(np.array(tokens, np.int32), np.array(learned, bool))
+  return Example(np.array(tokens, np.int32), np.array(learned, bool), part)
 
 
 def whole(row: Row, form: Format) -> Chat | None:
@@ -150,7 +219,9 @@ def question_ids(
 
 def prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
   """Token ids of a chat, up to where the assistant starts to speak."""
-  return _ids(tokenizer, _render(tokenizer, chat, True, 'the prompt'))
+  asked = [('the prompt', chat, [(len(chat), True)])]
+  (text,) = _render(tokenizer, asked)
+  return _ids(tokenizer, text)
 
 
 def bos(tokenizer: Any) -> list[int]:
@@ -163,19 +234,36 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
   return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _render(tokenizer: Any, chat: Chat, ask: bool, place: str) -> str:
-  if isinstance(tokenizer.chat_template, str):
-    template.check(tokenizer.chat_template, tokenizer.name_or_path)
+def _render(
+  tokenizer: Any, asked: Sequence[tuple[str, Chat, template.Cuts]]
+) -> Iterator[str]:
+  """The text of each (place, chat, cuts) at each of its cuts."""
+  if not asked:
+    return
+  texts = template.render(
+    _template(tokenizer),
+    tokenizer.special_tokens_map,
+    [(chat, cuts) for _, chat, cuts in asked],
+    tokenizer.name_or_path,
+  )
+  with contextlib.closing(texts):
+    for place, chat, cuts in asked:
+      for n, _ in cuts:
+        try:
+          text = next(texts)
+        except template.Refused as error:
+          roles = ', '.join(turn['role'] for turn in chat[:n])
+          raise ValueError(
+            f"{place}: the model's chat template refuses these turns ({roles}"
+            f'): {error}'
+          ) from error
+        yield text
+
+
+def _template(tokenizer: Any) -> str:
+  """The chat template that transformers would take."""
   try:
-    return tokenizer.apply_chat_template(
-      chat, tokenize=False, add_generation_prompt=ask
-    )
-  except jinja2.TemplateError as error:
-    roles = ', '.join(turn['role'] for turn in chat)
-    raise ValueError(
-      f"{place}: the model's chat template refuses these turns ({roles}): "
-      f'{error}'
-    ) from error
+    return tokenizer.get_chat_template()
   except ValueError as error:
     if tokenizer.chat_template is not None:
       raise
@@ -185,28 +273,47 @@ def _render(tokenizer: Any, chat: Chat, ask: bool, place: str) -> str:
     ) from error
 
 
-def _turns(tokenizer: Any, chat: Chat, place: str) -> list[tuple[str, bool]]:
-  """(text, learned) parts of a chat: each answer apart from what asks it."""
-  parts, done = [], ''
-  for n, turn in enumerate(chat):
-    if turn['role'] != 'assistant':
-      continue
-    before = _render(tokenizer, chat[:n], True, place)
-    after = _render(tokenizer, chat[: n + 1], False, place)
-    if not (before.startswith(done) and after.startswith(before)):
+def _cuts(chat: Chat) -> template.Cuts:
+  """Before and after every assistant turn."""
+  ends = [n for n, turn in enumerate(chat) if turn['role'] == 'assistant']
+  return [cut for n in ends for cut in ((n, True), (n + 1, False))]
+
+
+def _turns(chat: Chat, texts: Iterator[str], place: str) -> list[Parts]:
+  """(text, learned) parts of a chat: each answer apart from what asks it.
+
+  Several such lists if the template rewrites what was said before: for every
+  turn the chat as it then is.
+  """
+  turns: Parts = []
+  seen: list[tuple[str, str]] = []
+  for n, _ in _cuts(chat)[::2]:
+    before, after = next(texts), next(texts)
+    if not after.startswith(before):
       raise ValueError(
         f"{place}: the model's chat template rewrites what was said before "
-        f'turn {n}, so that its answer cannot be told apart; expected a '
-        'template that only adds turns'
+        f'turn {n} once it is answered, so that its answer cannot be told '
+        'apart; expected a template that says a question the same way before '
+        'and after'
       )
-    parts += [(before[len(done) :], False), (after[len(before) :], True)]
-    done = after
-  return parts
+    seen.append((before, after[len(before) :]))
+  if not any(answer for _, answer in seen):
+    raise ValueError(
+      f"{place}: the model's chat template says nothing of the assistant's "
+      'turns, so that there is nothing to learn; expected one that does, or '
+      "config.data.template='plain'"
+    )
+  done = ''
+  for before, answer in seen:
+    if not before.startswith(done):
+      # An answer of which the template says nothing is not learned.
+      return [[(b, False), (a, True)] for b, a in seen if a]
+    turns += [(before[len(done) :], False), (answer, True)]
+    done = before + answer
+  return [turns]
 
 
-def _tokenize(
-  tokenizer: Any, parts: list[tuple[str, bool]]
-) -> list[tuple[list[int], bool]]:
+def _tokenize(tokenizer: Any, parts: Parts) -> list[tuple[list[int], bool]]:
   """Ids of each part: cut out of the whole, or made part by part.
 
   A generating model sees the parts up to an answer tokenized by themselves. The

@@ -33,6 +33,21 @@ ENDLESS = (
 FORGETFUL = (
   "{% for m in messages %}{{ m['content'] if loop.last else '-' }};{% endfor %}"
 )
+# Leaves out the reasoning of earlier turns, as Qwen3's template does.
+THINKS = (
+  '{% set ns = namespace(last=0) %}{% for m in messages %}'
+  "{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+  '{% endfor %}{% for m in messages %}'
+  "{{ '<|im_start|>' + m['role'] + '\n' }}"
+  "{% if m['role'] == 'assistant' and loop.index0 > ns.last %}"
+  "{{ '<think>\n' + m['reasoning_content']|default('') + '\n</think>\n' }}"
+  "{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Does not say what was answered.
+SILENT = (
+  "{% for m in messages if m['role'] == 'user' %}{{ m.content }}{% endfor %}"
+)
 STRICT = "{{ raise_exception('no system role here') }}"
 
 
@@ -206,6 +221,8 @@ def test_a_row_without_a_completion_is_named():
   'template, words',
   [
     (None, r"no chat template; set config\.data\.template='plain'"),
+    (SILENT, r"a\.jsonl:7: .* says nothing of the assistant's turns"),
+    (THINKS, r'a\.jsonl:7: .* expected `encode_turns`, which gives 2, one a'),
     (FORGETFUL, r'a\.jsonl:7: .* rewrites what was said before turn 1'),
     (STRICT, r'a\.jsonl:7: .* refuses these turns \(user\): no system role'),
   ],
@@ -213,6 +230,99 @@ def test_a_row_without_a_completion_is_named():
 def test_what_a_template_cannot_say_is_an_error(template, words):
   with pytest.raises(ValueError, match=words):
     chat.encode(tokenizer(template), Row(TURNS, 'a.jsonl:7'))
+
+
+REASONED = {
+  'messages': [
+    {'role': 'user', 'content': 'hi'},
+    {'role': 'assistant', 'content': 'yes', 'reasoning_content': 'ab'},
+    {'role': 'user', 'content': 'so'},
+    {'role': 'assistant', 'content': 'no'},
+    {'role': 'assistant', 'content': 'never'},
+    {'role': 'user', 'content': 'bye'},
+  ]
+}
+
+
+def test_turns_that_are_rewritten_are_learned_one_by_one():
+  """What transformers says at each turn, of which the answer is learned."""
+  tok = tokenizer(THINKS)
+  messages = REASONED['messages']
+  examples = chat.encode_turns(tok, REASONED)
+  assert [example.part for example in examples] == [1, 2, 3]
+  for n, example in zip((1, 3, 4), examples, strict=True):
+    whole, asked = (
+      tok.apply_chat_template(messages[:end], tokenize=False, **options)
+      for end, options in ((n + 1, {}), (n, {'add_generation_prompt': True}))
+    )
+    answer = whole.removeprefix(asked).removesuffix('\n')
+    assert answer.startswith('<think>') and answer.endswith('<|im_end|>')
+    assert learned(tok, example) == f'{asked}[{answer}]'
+    # And as a model that generates will be given it.
+    ids = tok.encode(asked, add_special_tokens=False)
+    assert example.tokens[: len(ids)].tolist() == ids
+    assert example.learned.argmax() == len(ids)
+  assert '<think>\nab\n</think>\nyes' in learned(tok, examples[0])
+  assert 'ab' not in tok.decode(examples[1].tokens)
+
+
+@pytest.mark.parametrize('template', [CHATML, LLAMA2, ENDLESS, THINKS])
+def test_turns_that_are_only_added_to_are_one_example(template):
+  tok = tokenizer(template)
+  for row in (
+    {'prompt': 'hi', 'completion': 'yes'},
+    {'messages': TURNS['messages'][:2]},
+    *([TURNS] if template != THINKS else []),
+  ):
+    (example,) = chat.encode_turns(tok, row)
+    assert example.part == 0
+    assert learned(tok, example) == learned(tok, chat.encode(tok, row))
+
+
+# What a template may ask of its sandbox and of transformers.
+LANGUAGE = (
+  '{%- set ns = namespace(n=0) -%}{%- macro say(x) -%}<{{ x }}>{%- endmacro -%}'
+  "{{ bos_token }}{{ tools is none }}{{ strftime_now('%Y') }}\n"
+  '{% for m in messages %}{% if loop.first %}{{ m|tojson }}{% endif %}\n'
+  '  {% if loop.index > 4 %}{% break %}{% endif %}\n'
+  '{{ say(m.role) }}{{ m.content|trim }}{{ loop.length }}'
+  '{{ m.get("reasoning_content", "-") }}{{ "name" in m }}'
+  '{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}'
+  "{{ dict(a=1)|tojson(indent=1) }}{% generation %}{{ 'é€\ud83d' }}"
+  '{% endgeneration %}{% if add_generation_prompt %}{{ eos_token }}{% endif %}'
+)
+
+
+@pytest.mark.parametrize(
+  'template', [CHATML, LLAMA2, ENDLESS, THINKS, FORGETFUL, LANGUAGE]
+)
+def test_a_template_says_what_transformers_lets_it_say(template):
+  tok = tokenizer(template)
+  messages = [*REASONED['messages'], {'role': 'user', 'content': ' é\u2028" '}]
+  messages[0] = {**messages[0], 'name': None}
+  cuts = [(n, ask) for n in range(1, 8) for ask in (True, False)]
+  got = list(chat._render(tok, [('here', messages, cuts)]))
+  assert got == [
+    tok.apply_chat_template(
+      messages[:n], tokenize=False, add_generation_prompt=ask
+    )
+    for n, ask in cuts
+  ]
+
+
+def test_many_rows_are_encoded_as_each_by_itself(monkeypatch):
+  monkeypatch.setattr(chat, '_ROWS', 3)
+  tok = tokenizer(THINKS)
+  rows = [
+    Row({'prompt': 'hi', 'completion': 'yes'}),
+    Row({'text': 'abc'}),
+    *(Row(values) for values in (TURNS, REASONED) * 3),
+  ]
+  every = list(chat.encode_rows(tok, rows))
+  assert [len(some) for some in every] == [1, 1, *[2, 3] * 3]
+  for row, some in zip(rows, every, strict=True):
+    for got, want in zip(some, chat.encode_turns(tok, row), strict=True):
+      assert learned(tok, got) == learned(tok, want)
 
 
 SHARED = Path(__file__).parents[2] / 'shared' / 'data'

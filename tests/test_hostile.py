@@ -23,7 +23,7 @@ from qdora_jax import (
   load_pretrained,
   save_adapter,
 )
-from qdora_jax.interop import gguf, hf
+from qdora_jax.interop import gguf, hf, template
 from qdora_jax.interop.families import model_config
 
 # Together more than 2,000 files.
@@ -311,37 +311,84 @@ def test_a_tokenizer_that_is_none(tmp_path):
       hf.HFCheckpoint(folder).tokenizer()
 
 
-@pytest.mark.parametrize(
-  'source, most',
-  [
-    (
-      '{% for a in range(99999) %}{% for b in range(99999) %}'
-      '{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}',
-      '5 seconds',
-    ),
-    ("{{ 'x' * 10000000000 }}", '1,000,000,000 bytes'),
-    ("{{ '%5000000000d' % 1 }}", '1,000,000,000 bytes'),
-  ],
+LOOP = (
+  '{% for a in range(99999) %}{% for b in range(99999) %}'
+  '{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}'
 )
-def test_a_template_that_does_not_end(source, most, tmp_path):
-  folder = tiny.write(tmp_path)
+DOUBLED = (
+  "{% set ns = namespace(x='x') %}{% for a in range(LENGTH) %}"
+  '{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}'
+)
+
+
+def with_template(folder, source):
+  """A checkpoint's tokenizer with this chat template."""
+  tiny.write(folder)
   file = folder / 'tokenizer_config.json'
   config = json.loads(file.read_text()) | {'chat_template': source}
   file.write_text(json.dumps(config))
-  tokenizer = hf.HFCheckpoint(folder).tokenizer()
+  return hf.HFCheckpoint(folder).tokenizer()
+
+
+def processes():
+  """How many wait for the next chat."""
+  return len(template._idle)
+
+
+@pytest.mark.parametrize(
+  'source, most',
+  [
+    (LOOP, '1 seconds'),
+    ('{% if bos_token %}' + LOOP + '{% endif %}', '1 seconds'),
+    (
+      "{% if messages[0]['content'] != 'Hello' %}" + LOOP + '{% endif %}',
+      '1 seconds',
+    ),
+    ('{% if messages|length > 2 %}' + LOOP + '{% endif %}Hi', '1 seconds'),
+    ([{'name': 'default', 'template': LOOP}], '1 seconds'),
+    ('{{ 9 ** (9 ** 9) }}', '1 seconds'),
+    ("{{ 'x' * 10000000000 }}", '1,000,000,000 bytes'),
+    ("{{ '%5000000000d' % 1 }}", '1,000,000,000 bytes'),
+    (DOUBLED.replace('LENGTH', '40'), '1,000,000,000 bytes'),
+    (DOUBLED.replace('LENGTH', '22'), r'1,[\d,]+ characters'),
+  ],
+)
+def test_a_template_that_does_not_end(source, most, tmp_path, monkeypatch):
+  """With whatever chat, and whichever of its names it asks for."""
+  monkeypatch.setattr(template, '_SECONDS', 1)
+  tokenizer = with_template(tmp_path, source)
+  turn = {'role': 'user', 'content': 'Goodbye'}
+  answer = {'role': 'assistant', 'content': 'Hi'}
+  words = f'{tmp_path}.*tokenizer_config.* takes more than {most} for one chat'
+  template.close()
+  with pytest.raises(ValueError, match=words):
+    chat.encode(tokenizer, {'messages': [turn, answer, turn, answer]})
+  # Nothing goes on.
+  assert processes() == 0
+
+
+def test_one_process_renders_one_chat_after_another(tmp_path):
+  good = with_template(tmp_path / 'good', tiny.TEMPLATE)
+  bad = with_template(tmp_path / 'bad', "{{ 'x' * 10000000000 }}")
   row = {'prompt': 'Hello', 'completion': 'Hi'}
-  with pytest.raises(ValueError, match=f'takes more than {most}') as error:
-    chat.encode(tokenizer, row)
-  assert str(folder) in str(error.value)
+  template.close()
+  chat.encode(good, row)
+  ((_, first),) = template._idle
+  chat.encode(good, row)
+  ((_, second),) = template._idle
+  assert first is second and first.alive
+  with pytest.raises(ValueError, match='bytes'):
+    chat.encode(bad, row)
+  assert not first.alive and processes() == 0
+  chat.encode(good, row)
+  ((_, third),) = template._idle
+  template.close()
+  assert not third.alive and processes() == 0
 
 
 def test_a_template_has_no_python(tmp_path):
   """transformers' sandbox: what it refuses is an error, and nothing is run."""
-  folder = tiny.write(tmp_path)
-  file = folder / 'tokenizer_config.json'
   bad = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-  config = json.loads(file.read_text()) | {'chat_template': bad}
-  file.write_text(json.dumps(config))
-  tokenizer = hf.HFCheckpoint(folder).tokenizer()
+  tokenizer = with_template(tmp_path, bad)
   with pytest.raises(ValueError, match='chat template refuses these turns'):
     chat.encode(tokenizer, {'prompt': 'Hello', 'completion': 'Hi'})
