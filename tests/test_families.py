@@ -196,6 +196,11 @@ def config_of(name, **changes):
     ('qwen2', {'layer_types': ['chunked'] * 4}, "layer_types: 'chunked'"),
     ('gemma3', {'use_bidirectional_attention': True}, 'bidirectional'),
     ('gemma3', {'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping'),
+    (
+      'gemma3',
+      {'original_max_position_embeddings': 16},
+      '=16 is not supported',
+    ),
     ('smollm3', {'no_rope_layers': [1, 0]}, r'no_rope_layers=\[1, 0\]'),
     (
       'smollm3',

@@ -241,6 +241,8 @@ def _gemma3(f: Fields) -> ModelConfig:
   unknown = set(both) - set(settings)
   if unknown:
     f.refuse(f'rope_parameters: {sorted(unknown)}', sorted(settings))
+  # transformers passes over it where each kind has its own settings.
+  f.must('original_max_position_embeddings', None)
   far, near = (rope_from(f, s, shared['head_dim']) for s in settings.values())
   # transformers reads attn_logit_softcapping here, and then does not apply it.
   f.must('attn_logit_softcapping', None)
