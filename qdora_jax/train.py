@@ -168,6 +168,8 @@ def fit(
     identity: what a checkpoint must belong to, {what it is: value}.
     callbacks: each is called as f(step, row, trained) after every step; row is
       what will be logged, and a mapping that it returns is logged too.
+      `trained` is valid until the next step, which takes its memory: copy what
+      you keep (`jax.tree.map(jnp.copy, trained)`).
       Raising StopIteration ends the training early.
     max_skipped: steps in a row that may be skipped for not being finite.
     donate: gives away the memory of `trained`, instead of copying it.
