@@ -108,6 +108,9 @@ class Counts:
     truncated: examples cut for their length.
     packed: rows they are laid out in; an epoch.
     length: L, a row's length.
+    split: conversations of which every turn is an example of its own, because
+      the chat template rewrites earlier turns (see `chat.encode_turns`).
+    turns: examples made of them, too long ones included.
   """
 
   examples: int
@@ -117,6 +120,8 @@ class Counts:
   truncated: int
   packed: int
   length: int
+  split: int = 0
+  turns: int = 0
 
   @property
   def filled(self) -> float:
@@ -134,6 +139,13 @@ class Counts:
       f'of them learned; {self.packed:,} rows of {self.length} tokens, '
       f'{self.filled:.0%} filled'
       + (f'; TOO LONG: {" and ".join(lost)}' if lost else '')
+      + (
+        f'; {self.split:,} conversations were split into {self.turns:,} '
+        'examples, one an assistant turn: the chat template rewrites earlier '
+        'turns'
+        if self.split
+        else ''
+      )
     )
 
 
@@ -209,6 +221,8 @@ class Batches:
       sum(cut for _, cut in fitted.values()),
       len(laid_out),
       self.length,
+      sum(e.part == 1 for some in named.values() for e in some),
+      sum(e.part > 0 for some in named.values() for e in some),
     )
     orders, shares = [], []
     for n, (name, layout) in enumerate(layouts.items()):
@@ -275,7 +289,11 @@ def _fit(
     if seq_len and len(example) > seq_len:
       if too_long == 'drop':
         continue
-      example = Example(example.tokens[:seq_len], example.learned[:seq_len])
+      example = dataclasses.replace(
+        example,
+        tokens=example.tokens[:seq_len],
+        learned=example.learned[:seq_len],
+      )
       cut += bool(example.learned[1:].any())
     if example.learned[1:].any():
       fits.append(example)
@@ -307,6 +325,6 @@ def encode_all(
   some: Iterable[Row],
   form: Format,
   progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
-) -> list[Example]:
-  """Token ids of many rows."""
-  return [chat.encode(tokenizer, row, form) for row in progress(some)]
+) -> list[list[Example]]:
+  """The examples of each row: one, or one a turn (see `chat.encode_turns`)."""
+  return list(chat.encode_rows(tokenizer, progress(some), form))

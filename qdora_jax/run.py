@@ -183,14 +183,15 @@ class Run:
       lambda rows: _bar(rows, label),
     )
     vocab = self.model.config.vocab
-    for row, example in zip(rows, examples, strict=True):
-      if example.tokens.max() >= vocab:
+    for row, some in zip(rows, examples, strict=True):
+      largest = max(example.tokens.max() for example in some)
+      if largest >= vocab:
         raise ValueError(
-          f'{row.place}: the tokenizer makes token {example.tokens.max()} of '
-          f'it, and {self.config.model.name} knows {vocab}; is its '
+          f'{row.place}: the tokenizer makes token {largest} of it, and '
+          f'{self.config.model.name} knows {vocab}; is its '
           "tokenizer.json another model's?"
         )
-    return examples
+    return [example for some in examples for example in some]
 
   def params(self, trained: Tree | None = None) -> Tree:
     """The tree for inference, DoRA's norms computed once."""

@@ -180,8 +180,10 @@ def fit(
     identity: what a checkpoint must belong to, {what it is: value}.
     callbacks: each is called as f(step, row, trained) after every step; row is
       what will be logged, and a mapping that it returns is logged too.
-      Raising StopIteration ends the training early. Of many processes each
-      calls its own, and they do the same.
+      `trained` is valid until the next step, which takes its memory: copy what
+      you keep (`jax.tree.map(jnp.copy, trained)`). Raising StopIteration ends
+      the training early. Of many processes each calls its own, and they do the
+      same.
     max_skipped: steps in a row that may be skipped for not being finite.
     donate: gives away the memory of `trained`, instead of copying it.
     paged: 'host' keeps the optimizer's state in the host's memory, 'auto' what

@@ -13,7 +13,9 @@ from tiny import quick_compiles  # noqa: F401
 from qdora_jax import chat, data
 from qdora_jax.chat import Example
 from qdora_jax.data import Batches
+from qdora_jax.interop import hf
 from qdora_jax.loss import summed_loss
+from qdora_jax.rows import Row
 
 
 def section(**overrides):
@@ -271,6 +273,40 @@ def test_packing_loses_nothing_and_fills_rows():
       assert batch['labels'][row][live].tolist() == tokens[at + 1].tolist()
   assert counts == dict.fromkeys(range(300), 1)
   assert batches.counts.filled > 0.97
+
+
+# Leaves out what was thought in earlier turns.
+FORGETS = (
+  '{% for m in messages %}'
+  "{% if m['role'] == 'assistant' %}{{ 'a:' }}{% if loop.last %}{{ '~' }}"
+  "{% endif %}{{ m['content'] + eos_token }}"
+  "{% else %}{{ 'u:' + m['content'] + '\n' }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+
+
+def test_conversations_that_are_split_are_counted(tmp_path):
+  tokenizer = hf.HFCheckpoint(tiny.write(tmp_path)).tokenizer()
+  turns = [
+    {'role': role, 'content': 'abc'}
+    for _ in range(3)
+    for role in ('user', 'assistant')
+  ]
+  rows = [Row({'messages': turns[:n]}) for n in (2, 4, 6)]
+  for template, sizes in ((tiny.TEMPLATE, [1, 1, 1]), (FORGETS, [1, 2, 3])):
+    tokenizer.chat_template = template
+    every = data.encode_all(tokenizer, rows, chat.CHAT)
+    assert [len(some) for some in every] == sizes
+  examples = [example for some in every for example in some]
+  # The last ones are too long, and counted all the same.
+  counts = Batches(examples, 2, len(examples[2])).counts
+  assert (counts.split, counts.turns) == (2, 5)
+  assert counts.examples == 5 and counts.dropped == 1
+  words = '2 conversations were split into 5 examples, one an assistant turn'
+  assert words in str(counts)
+  assert 'split' not in str(Batches(examples[:1], 2).counts)
+  cut = Batches(examples, 2, len(examples[2]), too_long='truncate').counts
+  assert (cut.split, cut.turns) == (2, 5)
 
 
 def test_packed_examples_cannot_see_each_other():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -336,8 +337,28 @@ def test_a_mesh_that_does_not_fit_is_refused(train):
     train('run', **{'mesh.fsdp': 8, 'train.microbatches': 2})
 
 
-def test_three_lines_in_a_notebook(train, tmp_path):
-  """What the commands do: evaluate, generate, export."""
+def test_a_few_lines_in_a_notebook(train, tmp_path, monkeypatch):
+  """The README's, with nothing beside them."""
+  readme = (Path(__file__).parents[1] / 'README.md').read_text()
+  (program,) = re.findall(r'```\n([^`]*load_run[^`]*)```', readme)
+  targets = {'adapter.targets': ONE, 'quant.targets': ONE}
+  file = tiny.config_file(tmp_path, tmp_path / 'model', **targets)
+  for shown, here in (
+    ('experiments/configs/quickstart.py', str(file)),
+    ('train.steps=80', 'train.steps=2'),
+    ('runs/quickstart', 'run'),
+  ):
+    assert shown in program
+    program = program.replace(shown, here)
+  monkeypatch.chdir(tmp_path)
+  space: dict = {}
+  exec(compile(program, 'README.md', 'exec'), space)
+  assert space['config'].train.steps == 2
+  assert space['scores']['fine-tuned'].total == 6
+  assert space['done'].workdir == Path('run')
+
+
+def test_a_run_is_evaluated_asked_and_exported(train, tmp_path):
   train('run')
   loaded = run.load_run(tmp_path / 'run')
   score = loaded.evaluate()

@@ -337,6 +337,23 @@ def test_callbacks_see_every_step_and_may_log_and_stop(capsys):
   assert 'ended the training after step 3' in capsys.readouterr().out
 
 
+def test_what_a_callback_copies_stays():
+  """And what it only holds is gone after the next step, as is documented."""
+  held, copied = [], []
+
+  def keep(step, row, trained):
+    held.append(trained)
+    copied.append(jax.tree.map(jnp.copy, trained))
+
+  last_one, _ = fit(callbacks=[keep], steps=3)
+  tiny.assert_same(copied[2], last_one)
+  first, second, last = map(jax.tree.leaves, copied)
+  for a, b, c in zip(first, second, last, strict=True):
+    assert np.isfinite(a).all() and (a != b).any() and (b != c).any()
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held[:2]))
+  assert 'valid until the next step' in train.fit.__doc__
+
+
 @pytest.mark.slow
 def test_it_runs_without_jit():
   """Under a debugger every number can be looked at; the result is the same."""
