@@ -75,17 +75,8 @@ def whole_text(tokens):
   }
 
 
-# Windows, two rotary settings and all norms; the others are run by CI.
-QUICK = 'gemma3'
-
-
-@pytest.mark.parametrize(
-  'name',
-  [
-    name if name == QUICK else pytest.param(name, marks=pytest.mark.slow)
-    for name in families.CONFIGS
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', families.CONFIGS)
 def test_qdora_learns_and_merges(name, tmp_path):
   folder = weights.write_hf(tmp_path, *families.make(name))
   quant = QuantSpec(block_size=32)
@@ -378,7 +369,14 @@ def test_a_window_hides_what_lies_before_it(tmp_path):
     assert ours.relative(got, LOGITS[name]) <= 1e-5, name
 
 
-@pytest.mark.parametrize('name', ['phi3', 'phi3_long', 'gemma3'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'phi3_long',
+    pytest.param('phi3', marks=pytest.mark.slow),
+    pytest.param('gemma3', marks=pytest.mark.slow),
+  ],
+)
 def test_packed_examples_are_as_they_are_alone(name, tmp_path):
   """Beside examples longer than LongRoPE's short factors are for, too."""
   folder = weights.write_hf(tmp_path, *families.make(name))

@@ -151,6 +151,7 @@ def assert_same_end(workdir, whole):
     assert mine == (whole / 'adapter' / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
   """On two devices each, beside four of one process; written and said once."""
   command = made(tmp_path, **{'train.steps': 2})
