@@ -108,7 +108,7 @@ def initial(
   the rest one array after the other: the state is never whole on a device.
   """
   if paged == 'none' and mesh is None:
-    return optimizer.init(trained)
+    return _own(optimizer.init(trained), trained)
   shapes = jax.eval_shape(optimizer.init, trained)
   if mesh is None:
     here = jax.tree.leaves(trained)[0].sharding
@@ -116,7 +116,8 @@ def initial(
   else:
     placed = shardings(shapes, mesh)
   if paged == 'none':
-    return jax.jit(optimizer.init, out_shardings=placed)(trained)
+    made = jax.jit(optimizer.init, out_shardings=placed)(trained)
+    return _own(made, trained)
   leaves, tree = jax.tree.flatten(shapes)
   places = choose(leaves, jax.tree.leaves(placed), paged, room)
   program = _program(optimizer.init, trained)
@@ -128,10 +129,16 @@ def initial(
         lambda t, n=n: jax.tree.leaves(optimizer.init(t))[n],
         out_shardings=place,
       )
-      made.append(one(trained))
+      made.append(_own(one(trained), trained))
     else:
       made.append(_filled(leaves[n], number, place))
   return tree.unflatten(made)
+
+
+def _own(state: Any, trained: Any) -> Any:
+  """Copies what is trained's own array: a step gives both away."""
+  theirs = {id(a) for a in jax.tree.leaves(trained)}
+  return jax.tree.map(lambda a: jnp.copy(a) if id(a) in theirs else a, state)
 
 
 def _filled(aval: Any, number: Any, sharding: Any) -> jax.Array:

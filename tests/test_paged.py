@@ -105,7 +105,13 @@ def test_updates_are_the_same(name, piece, monkeypatch):
   got = updates(optimizer, tree, 'host')
   assert kinds(want[1]) == {'device'}
   assert kinds(got[1]) == {'pinned_host'}
-  tiny.assert_same(*(jax.tree.map(np.asarray, tree) for tree in (got, want)))
+  got, want = (jax.tree.map(np.asarray, tree) for tree in (got, want))
+  if name != 'muon':
+    tiny.assert_same(got, want)
+    return
+  # Its products of matrices are not always the same to the last bit on CPU.
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow

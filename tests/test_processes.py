@@ -274,6 +274,14 @@ def wait_for_rows(process, workdir, count):
     time.sleep(0.01)
 
 
+def wait_for_checkpoint(process, workdir):
+  until = time.monotonic() + 300
+  saved = workdir / 'checkpoints'
+  while not any(path.name.isdigit() for path in saved.glob('*')):
+    assert process.poll() is None and time.monotonic() < until
+    time.sleep(0.01)
+
+
 linux = pytest.mark.skipif(
   sys.platform != 'linux', reason='finds processes in /proc'
 )
@@ -293,7 +301,11 @@ def test_when_one_is_killed_the_others_end_and_the_run_resumes(
     pids = workers(process)
     if rows:
       wait_for_rows(process, workdir, rows)
-    time.sleep(draw.uniform(0, 1))
+    if rows == 4:
+      # Something is saved by now, from which the run can go on.
+      wait_for_checkpoint(process, workdir)
+    else:
+      time.sleep(draw.uniform(0, 1))
     os.kill(pids[which], signal.SIGKILL)
     began = time.monotonic()
     code, _, err = command.ended(process, workdir)

@@ -204,6 +204,9 @@ def kill(command, workdir, aim, draw):
         wait_for(process, lambda: half_saved(workdir) - before)
         # All of its phases: beginning, arrays, renaming.
         time.sleep(draw.choice([0, draw.uniform(0, 0.15)]))
+      else:
+        # On a busy machine some save is nearly always under way.
+        wait_for(process, lambda: not half_saved(workdir) - before)
   finally:
     began = running()
     process.kill()
