@@ -348,8 +348,6 @@ def states(monkeypatch):
     pytest.param('none', 'none', 8, marks=pytest.mark.slow),
     pytest.param('nf4', 'lora', 8, marks=pytest.mark.slow),
     pytest.param('nf4', 'dora', 1, marks=pytest.mark.slow),
-    pytest.param('none', 'none', 1, marks=pytest.mark.slow),
-    pytest.param('none', 'magnitude', 1, marks=pytest.mark.slow),
   ],
 )
 def test_training_is_the_same_also_resumed(
