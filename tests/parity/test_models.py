@@ -14,7 +14,7 @@ pytest.importorskip('bitsandbytes')
 pytest.importorskip('peft')
 pytest.importorskip('transformers')
 
-from golden import ours, strangers, weights
+from golden import families, ours, strangers, weights
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -96,6 +96,26 @@ def check_logits(folder: Path, tokens: np.ndarray, ours_from: Any) -> None:
 
 def test_logits_of_stories(stories):
   check_logits(stories, weights.batches(3, 512, 1, 3, 200)[0], stories)
+
+
+def test_packed_examples_have_the_factors_of_their_own_length(tmp_path):
+  """LongRoPE: transformers asks each text alone; ours stand in one row."""
+  folder = weights.write_hf(tmp_path, *families.make('phi3_long'))
+  model, params, _ = load_pretrained(folder, remat='none')
+  lengths = (8, 20, 16, 17)  # The short factors are for texts of up to 16.
+  tokens = weights.batches(11, families.VOCAB, 1, 1, sum(lengths))[0]
+  got = model.apply(
+    {'params': params},
+    tokens,
+    np.concatenate([np.arange(n) for n in lengths])[None],
+    np.repeat(np.arange(1, 5), lengths)[None],
+  )
+  theirs, at = strangers.load(folder), 0
+  for n in lengths:
+    here = np.s_[:, at : at + n]
+    want = strangers.logits(theirs, tokens[here])
+    assert ours.relative(np.asarray(got[here]), want) <= 1e-5, n
+    at += n
 
 
 @pytest.mark.parametrize('method', METHODS)
