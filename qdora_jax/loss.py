@@ -75,7 +75,7 @@ def _chunks(array_BxC: jax.Array, count: int) -> jax.Array:
 
 
 def _chunk_loss(model, head, hidden_BxCxD, labels_BxC, weights_BxC):
-  # And so is its gradient: split by rows, as the hidden states it is for.
+  # Split by rows, and so is its gradient: else XLA gathers that of the logits.
   hidden_BxCxD = by_batch(hidden_BxCxD, model.mesh)
   logits = model.apply({'params': head}, hidden_BxCxD, method='unembed')
   each = optax.softmax_cross_entropy_with_integer_labels(logits, labels_BxC)

@@ -333,7 +333,6 @@ class Decoder(nn.Module):
       kind = jnp.asarray([kinds.index(k) for k in c.kinds])
     x = self.embed(tokens_BxL).astype(self.dtype)
     x = x * jnp.asarray(c.embed_scale, x.dtype)
-    x = by_batch(x, self.mesh)
     x, new = self.layers(x, jnp.stack(turns), jnp.stack(masks), kind, kv)
     if cache is not None:
       # Written once for all layers: in a loop, in place.
@@ -343,7 +342,7 @@ class Decoder(nn.Module):
         'positions': keys,
         'index': cache['index'] + tokens_BxL.shape[1],
       }
-    return self.final_norm(by_batch(x, self.mesh)), cache
+    return self.final_norm(x), cache
 
   def unembed(self, x_BxLxD: jax.Array) -> jax.Array:
     """Logits f32 [B, L, V] of what `hidden` gave."""

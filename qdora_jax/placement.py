@@ -13,15 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qdora_jax import nf4, sharding
+from qdora_jax.interop.hf import Part
 from qdora_jax.nf4 import NF4Array
-
-# A slice of each axis of one layer's tensor.
-Part = tuple[slice, ...]
 
 
 class Placement:
@@ -123,8 +120,7 @@ class Placement:
       ib, o = self._form.absmax.shape[-2:]
       start = (part[0].start // q.block_size, part[1].start)
       mine = _place(q.absmax, start, np.float32, (ib, o), blocks)
-      every = multihost_utils.process_allgather(mine, tiled=True)
-      q = q.replace(absmax=np.asarray(every))
+      q = q.replace(absmax=sharding.gather(mine))
     return nf4.compress_host(q)
 
 

@@ -18,7 +18,7 @@ from qdora_jax.adapter import Adapter, init_adapter, stack_ranks
 from qdora_jax.interop import families, gguf, hf, pypi
 from qdora_jax.linear import kind, materialize
 from qdora_jax.model import Decoder, Remat
-from qdora_jax.placement import Part, Placement
+from qdora_jax.placement import Placement
 from qdora_jax.sharding import shard
 from qdora_jax.specs import TAKEN, AdapterSpec, QuantSpec
 
@@ -144,7 +144,7 @@ def load_pretrained(
       return w
     return nf4.quantize_host(w, quant.block_size)
 
-  def read(name: str, how: str, part: Part) -> Any:
+  def read(name: str, how: str, part: hf.Part) -> Any:
     """That part of one layer's kernel, or of another parameter."""
     tensor = hf.tensor_name(name)
     if how == 'stored':
