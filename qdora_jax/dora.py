@@ -38,8 +38,13 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from qdora_jax import lora
+
+# Name of ||V||, for rematerialization policies: O numbers that cost a product
+# with W to find again.
+NORM = 'norm'
 
 
 class DoraWeight(flax.struct.PyTreeNode):
@@ -171,8 +176,11 @@ def apply(
   rows = (x,) if dropped is x else (x, dropped)
   outs = products(*rows, *norm_rows(w))
   turned = outs[len(rows) - 1]
-  atw = outs[-1] if norm_rows(w) else None
-  g = gain(w, norm(w, atw, dense) if w.norm is None else w.norm)
+  length = w.norm
+  if length is None:
+    atw = outs[-1] if norm_rows(w) else None
+    length = checkpoint_name(norm(w, atw, dense), NORM)
+  g = gain(w, length)
   g = jnp.broadcast_to(g, turned.shape)
   if w.lora_a is not None:
     turned += lora.correction(dropped, w)

@@ -23,6 +23,10 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# Name of x A, for rematerialization policies.
+LOW = 'low'
 
 
 class LoraWeight(flax.struct.PyTreeNode):
@@ -96,11 +100,45 @@ def drop(x: jax.Array, w: Any) -> jax.Array:
 
 def correction(x: jax.Array, w: Any) -> jax.Array:
   """s (x A) B, [..., I] -> float32 [..., O]; products in x's dtype."""
-  low = x @ w.lora_a.astype(x.dtype)
+  return w.scale * _thin(x, w.lora_a, w.lora_b)
+
+
+@jax.custom_vjp
+def _thin(x: jax.Array, a_IxR: jax.Array, b_RxO: jax.Array) -> jax.Array:
+  """(x A) B.
+
+  Its derivative is written out for what automatic differentiation leaves to
+  chance: the gradients of A and B come as they are stored (found transposed,
+  they cost a copy of x and of what came back), summed in float32.
+  """
+  return _thin_forward(x, a_IxR, b_RxO)[0]
+
+
+def _thin_forward(x, a_IxR, b_RxO):
+  low = checkpoint_name(x @ a_IxR.astype(x.dtype), LOW)
   high = jnp.matmul(
-    low, w.lora_b.astype(x.dtype), preferred_element_type=jnp.float32
+    low, b_RxO.astype(x.dtype), preferred_element_type=jnp.float32
   )
-  return w.scale * high
+  return high, (x, low, a_IxR, b_RxO)
+
+
+def _thin_backward(kept, d_high):
+  x, low, a_IxR, b_RxO = kept
+  d_high = d_high.astype(x.dtype)
+  d_low = d_high @ b_RxO.astype(x.dtype).T
+  tokens = tuple(range(x.ndim - 1))
+
+  def gradient(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.tensordot(
+      left, right, (tokens, tokens), preferred_element_type=jnp.float32
+    )
+
+  d_x = d_low @ a_IxR.astype(x.dtype).T
+  d_a, d_b = gradient(x, d_low), gradient(low, d_high)
+  return d_x, d_a.astype(a_IxR.dtype), d_b.astype(b_RxO.dtype)
+
+
+_thin.defvjp(_thin_forward, _thin_backward)
 
 
 def apply(

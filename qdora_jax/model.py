@@ -28,7 +28,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from qdora_jax.attention import NOWHERE, attention, visible
+from qdora_jax.dora import NORM
 from qdora_jax.linear import PRODUCT, linear
+from qdora_jax.lora import LOW
 from qdora_jax.rope import Rope, angles, rotate
 from qdora_jax.sharding import by_batch
 
@@ -44,10 +46,10 @@ _ACTIVATIONS = {
 # What the backward pass finds of a layer, beside its parameters.
 _BLOCK_INPUT = 'block_input'
 _POLICIES = {
-  'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
-  'block': None,
+  'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT, LOW, NORM),
+  'block': jax.checkpoint_policies.save_only_these_names(NORM),
   'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[],
+    names_which_can_be_saved=[NORM],
     names_which_can_be_offloaded=[_BLOCK_INPUT],
     offload_src='device',
     offload_dst='pinned_host',
@@ -253,8 +255,9 @@ class Decoder(nn.Module):
     config: shapes and constants.
     dtype: compute dtype of activations and products; logits are float32.
     remat: what the backward pass finds of a layer: 'none' keeps everything,
-      'dots' the products with the base, 'block' the layer's input alone,
-      'offload' the same, waiting in the host's memory.
+      'dots' the products with the base and with A, 'block' the layer's input
+      alone, 'offload' the same, waiting in the host's memory. DoRA's norms, a
+      number an output, are kept by all.
     mesh: activations are split over it by their rows; None leaves it to XLA.
   """
 
