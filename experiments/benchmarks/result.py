@@ -32,6 +32,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Read when JAX first looks for devices: without it torch finds a full GPU.
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+
 import jax
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +127,7 @@ def write(
   rows: Sequence[Mapping[str, Any]],
   args: argparse.Namespace,
   plot: str | None = None,
+  notes: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Writes OUT/NAME.json and returns what it holds.
 
@@ -135,6 +139,7 @@ def write(
     rows: of the table, see above.
     args: from `parser`, with what the script added to it.
     plot: heading of the spread that is drawn as bars; None: no plot.
+    notes: sentences that stand under the table.
   """
   arguments = {
     key: _public(value) for key, value in vars(args).items() if key != 'out'
@@ -150,6 +155,7 @@ def write(
     'hardware': hardware(),
     'versions': versions(),
     'plot': plot,
+    'notes': list(notes),
     'rows': list(rows),
   }
   args.out.mkdir(parents=True, exist_ok=True)
