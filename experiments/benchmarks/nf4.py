@@ -219,7 +219,7 @@ def measure(
       row = {
         'I x O': f'{i} x {o}',
         'work': work if name in ways else 'copy',
-        'by': name,
+        'by': name if name in ways else f'dense, {name}',
         'ms': result.spread(times, 1e3),
         'GB/s': None,
         'of copy': None,

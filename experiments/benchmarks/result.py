@@ -142,7 +142,7 @@ def write(
     notes: sentences that stand under the table.
   """
   arguments = {
-    key: _public(value) for key, value in vars(args).items() if key != 'out'
+    key: public(value) for key, value in vars(args).items() if key != 'out'
   }
   held = {
     'name': name,
@@ -216,7 +216,7 @@ def _cpu() -> str:
   return named[0] if named else platform.processor() or platform.machine()
 
 
-def _public(value: Any) -> Any:
+def public(value: Any) -> Any:
   """A flag's value as it may be shown: of a path elsewhere, the last part."""
   if isinstance(value, str | Path):
     flag, equals, rest = str(value).rpartition('=')
@@ -225,7 +225,7 @@ def _public(value: Any) -> Any:
       return f'{flag}{equals}.../{path.name}'
     return str(value)
   if isinstance(value, list | tuple):
-    return [_public(item) for item in value]
+    return [public(item) for item in value]
   return value
 
 
@@ -234,4 +234,4 @@ def _command() -> str:
   script = Path(sys.argv[0]).resolve()
   if script.is_relative_to(ROOT):
     script = script.relative_to(ROOT)
-  return ' '.join(['python', _public(script), *map(_public, sys.argv[1:])])
+  return ' '.join(['python', public(script), *map(public, sys.argv[1:])])
