@@ -7,8 +7,8 @@ Greedy, with a KV cache, at batch 1 and 8. Of each round the time of one token
 is taken off that of all, so that what is said of a token is said of those after
 the first. A checkpoint (SmolLM2-135M unless told otherwise) has equal weights
 and adapters, away from their start, on both sides, and in float32 both have to
-say the same tokens; a name of published.py is drawn at random on the device,
-on each side its own. float32 on a CPU, bfloat16 on a GPU.
+say the same tokens; a name of published.py ('tiny', too) is drawn at random on
+the device, on each side its own. float32 on a CPU, bfloat16 on a GPU.
 
 DoRA is frozen (`freeze`: norms computed once), on PEFT's side cached; 'not
 frozen' is as `attach` gives it. 'of bound' is the least time that reading the
@@ -47,12 +47,25 @@ from qdora_jax import (
 )
 from qdora_jax.export import export_base, export_merged
 from qdora_jax.generate import generate
+from qdora_jax.interop import families
 from qdora_jax.model import Decoder
-from qdora_jax.published import CONFIGS, model_config
+from qdora_jax.published import CONFIGS
 
 TORCH = all(map(importlib.util.find_spec, ('torch', 'peft', 'bitsandbytes')))
 QUANT = QuantSpec(double_quant=True)
 RANK, ALPHA = 16, 32.0
+# What is drawn at random: fields of config.json by name.
+SHAPES = CONFIGS | {
+  'tiny': CONFIGS['smollm2-135m']
+  | {
+    'hidden_size': 64,
+    'intermediate_size': 128,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'vocab_size': 128,
+  }
+}
 # Numbers in the array whose copy shows the bandwidth.
 COPIED = 2**26
 
@@ -81,7 +94,7 @@ class Ours:
   """The decoder with its bases (packed or not) and adapters."""
 
   def __init__(self, name: str, dtype: str, seed: int):
-    self.name, self.dtype, self.random = name, dtype, name in CONFIGS
+    self.name, self.dtype, self.random = name, dtype, name in SHAPES
     if self.random:
       self.model, self.bases = _drawn(name, jnp.dtype(dtype), seed)
     else:
@@ -122,7 +135,8 @@ class Ours:
 def _drawn(name: str, dtype: Any, seed: int) -> tuple[Any, dict[bool, Any]]:
   """A published model's shapes at random, dense and packed."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  model, one = Decoder(model_config(name), dtype), jnp.zeros((1, 1), jnp.int32)
+  config = families.model_config(SHAPES[name], name)
+  model, one = Decoder(config, dtype), jnp.zeros((1, 1), jnp.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), one)['params']
   shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), shapes)
   packed = jax.eval_shape(lambda p: quantize(p, QUANT), shapes)
@@ -157,7 +171,7 @@ def their_models(ours: Ours, folder: Path) -> dict[bool, Any]:
     name: {**options, 'use_dora': name == 'dora'} for name in ours.adapters
   }
   return {
-    packed: theirs.random(CONFIGS[ours.name], packed, adapters, ours.dtype)
+    packed: theirs.random(SHAPES[ours.name], packed, adapters, ours.dtype)
     for packed in (False, True)
   }
 

@@ -164,7 +164,8 @@ def main() -> None:
     'peak of planned': peak and peak / planned,
     'last loss': got['losses'][-1],
   }
-  notes = [f'Planned: {got["planned"]}, bytes.']
+  parts = [f'{part} {n / 1e9:.2f}' for part, n in got['planned'].items()]
+  notes = [f'Planned, GB: {", ".join(parts)}.']
   if peak is None:
     notes.append('This device says no peak: nothing is compared.')
   what = 'QDoRA on random weights: memory beside the plan.'

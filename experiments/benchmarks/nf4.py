@@ -48,7 +48,7 @@ class Ours:
   """Weights of one shape, dense and packed, and what is done to them."""
 
   def __init__(self, dense: list[np.ndarray], double: bool, dtype: Any):
-    self.host, self.double, self.dtype = dense, double, dtype
+    self.host, self.double, self.dtype = dense[0], double, dtype
     self.dense = [jnp.asarray(w, dtype) for w in dense]
     quantize = jax.jit(nf4.quantize, static_argnums=(1, 2))
     self.packed = [quantize(w, 64, double) for w in self.dense]
@@ -62,8 +62,8 @@ class Ours:
     )
 
   def quantize_host(self) -> None:
-    for w in self.host:
-      nf4.quantize_host(w, 64, self.double)
+    """Of the first weight alone: it takes long."""
+    nf4.quantize_host(self.host, 64, self.double)
 
   def dequantize(self) -> Callable[[], object]:
     return _waiting(
@@ -234,15 +234,15 @@ def measure(
       rows.append(row)
     print(f'{i} x {o}: {work}', file=sys.stderr, flush=True)
 
-  def both(name: str, **more: Callable[[], object]) -> dict[str, Way]:
-    """A work that reads one form of a weight and writes the other."""
-    calls = {'ours': getattr(ours, name)(), **more}
+  # These read one form of a weight and write the other.
+  for work in ('quantize', 'dequantize'):
+    ways = {'ours': Way(getattr(ours, work)(), number, whole + packed)}
+    if work == 'quantize':
+      ways['ours, host'] = Way(ours.quantize_host, 1, whole + packed)
     if theirs:
-      calls['bitsandbytes'] = getattr(theirs, name)
-    return {k: Way(call, number, whole + packed) for k, call in calls.items()}
-
-  add('quantize', both('quantize', **{'ours, host': ours.quantize_host}))
-  add('dequantize', both('dequantize'))
+      call = getattr(theirs, work)
+      ways['bitsandbytes'] = Way(call, number, whole + packed)
+    add(work, ways)
   for m in counts:
     x = rng.standard_normal((m, i), np.float32)
     count = number if m < MANY else 1
