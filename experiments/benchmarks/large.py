@@ -6,26 +6,21 @@
 
 Weights are drawn in NF4 on the devices: no full-precision kernel ever exists,
 and nothing is read. Takes a few steps of one row a device, all devices in one
-fsdp axis, products in bfloat16, rank 16 on all linear layers, AdamW. Prints and
-keeps (results/large-*.json) the device's real peak, the plan's, and the median
-step; on a CPU, which has no peak of its own, it only shows that it runs
-(`tiny`, sequence 64).
+fsdp axis, products in bfloat16, rank 16 on all linear layers, AdamW. Says and
+keeps the device's real peak, the plan's, and the median step; a CPU has no peak
+of its own, there it only shows that it runs (`tiny 64`).
 """
 
-import importlib.metadata
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
+import result
 
 from qdora_jax import (
   AdapterSpec,
@@ -42,8 +37,6 @@ from qdora_jax.model import Decoder, LayerKind, ModelConfig
 from qdora_jax.plan import plan
 from qdora_jax.published import model_config
 
-RESULTS = Path(__file__).parent / 'results'
-STEPS = 6
 TINY = ModelConfig(
   vocab=512,
   width=128,
@@ -83,8 +76,10 @@ def drawn(key: jax.Array, abstract: Any, mesh: jax.sharding.Mesh) -> Any:
   return sharding.gathering(jax.tree.unflatten(structure, arrays), mesh)
 
 
-def run(name: str, length: int) -> dict[str, Any]:
-  """The measurement, as it is kept."""
+def run(
+  name: str, length: int, rounds: int = 5, seed: int = 0
+) -> dict[str, Any]:
+  """The measurement: a step that compiles, and so many rounds of one."""
   config = TINY if name == 'tiny' else model_config(name)
   mesh = sharding.make_mesh()
   rows, spec, dtype = mesh.size, AdapterSpec('dora', rank=16), jnp.bfloat16
@@ -93,7 +88,7 @@ def run(name: str, length: int) -> dict[str, Any]:
   shapes = jax.eval_shape(model.init, jax.random.key(0), one)['params']
   shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), shapes)
   shapes = jax.eval_shape(lambda p: quantize(p, QuantSpec()), shapes)
-  base = drawn(jax.random.key(0), shapes, mesh)
+  base = drawn(jax.random.key(seed), shapes, mesh)
   # One program: on many devices, and without a copy of any kernel.
   make = jax.jit(lambda base: init_adapter(jax.random.key(1), base, spec))
   trained = sharding.shard(make(base), mesh)
@@ -102,7 +97,7 @@ def run(name: str, length: int) -> dict[str, Any]:
   trained, moments = state['trained'], state['optimizer']
   fixed = jax.jit(norms)(base, trained)
   step = train.make_step(model, optimizer, like=(trained, moments))
-  draw = np.random.RandomState(0)
+  draw = np.random.RandomState(seed)
   tokens = draw.randint(0, config.vocab, (rows, length)).astype(np.int32)
   places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
   batch = sharding.shard_batch(
@@ -117,7 +112,7 @@ def run(name: str, length: int) -> dict[str, Any]:
     mesh,
   )
   seconds, losses = [], []
-  for n in range(STEPS):
+  for n in range(1 + rounds):
     began = time.perf_counter()
     trained, moments, seen = step(
       *(trained, moments, base, fixed, batch), jax.random.key(n)
@@ -136,40 +131,47 @@ def run(name: str, length: int) -> dict[str, Any]:
   stats = jax.local_devices()[0].memory_stats() or {}
   peak = stats['peak_bytes_in_use'] if 'peak_bytes_in_use' in stats else None
   each = statistics.median(seconds[1:])
-  commit = subprocess.run(
-    ['git', 'describe', '--always', '--dirty'], capture_output=True, text=True
-  )
-  packages = ('qdora_jax', 'jax', 'jaxlib', 'flax', 'optax')
   return {
     'model': name,
     'tokens': rows * length,
     'losses': losses,
     'seconds_to_compile': round(seconds[0], 2),
+    'seconds': seconds[1:],
     'seconds_per_step': round(each, 4),
     'tokens_per_second': round(rows * length / each, 1),
     'peak_bytes': peak,
     'planned_bytes': plan(job).total,
     'planned': dict(plan(job).memory),
-    'devices': [device.device_kind for device in jax.devices()],
-    'versions': {'python': platform.python_version()}
-    | {name: importlib.metadata.version(name) for name in packages},
-    'commit': commit.stdout.strip(),
   }
 
 
-def main(name: str = 'tiny', length: str = '64') -> None:
-  result = run(name, int(length))
-  print(json.dumps(result, indent=2))
-  if result['peak_bytes'] is None:
-    print('this device says no peak: nothing is compared, nothing kept')
-    return
-  ratio = result['peak_bytes'] / result['planned_bytes']
-  print(f'peak {result["peak_bytes"] / 1e9:.2f} GB, {ratio:.3f} of the plan')
-  RESULTS.mkdir(exist_ok=True)
-  kind = result['devices'][0].replace(' ', '-')
-  file = RESULTS / f'large-{name}-{length}-{kind}.json'
-  file.write_text(json.dumps(result, indent=2) + '\n')
+def main() -> None:
+  parser = result.parser(__doc__, rounds=5)
+  parser.add_argument('model', nargs='?', default='tiny')
+  parser.add_argument('length', type=int, nargs='?', default=64)
+  args = parser.parse_args()
+  got = run(args.model, args.length, args.rounds, args.seed)
+  peak, planned = got['peak_bytes'], got['planned_bytes']
+  speeds = [got['tokens'] / t for t in got['seconds']]
+  row = {
+    'model': args.model,
+    'tokens a step': got['tokens'],
+    's a step': result.spread(got['seconds']),
+    'tokens/s': result.spread(speeds),
+    's to compile': got['seconds_to_compile'],
+    'peak, GB': peak and peak / 1e9,
+    'planned, GB': planned / 1e9,
+    'peak of planned': peak and peak / planned,
+    'last loss': got['losses'][-1],
+  }
+  parts = [f'{part} {n / 1e9:.2f}' for part, n in got['planned'].items()]
+  notes = [f'Planned, GB: {", ".join(parts)}.']
+  if peak is None:
+    notes.append('This device says no peak: nothing is compared.')
+  what = 'QDoRA on random weights: memory beside the plan.'
+  held = result.write(f'large-{args.model}', what, [row], args, notes=notes)
+  print(report.markdown(held))
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main()

@@ -1,21 +1,17 @@
 """How fast a checkpoint is loaded, beside safetensors' own reading of it.
 
   XLA_FLAGS=--xla_force_host_platform_device_count=8 \
-    python experiments/benchmarks/load.py [DIRECTORY] [ROUNDS]
+    python experiments/benchmarks/load.py [--directory DIRECTORY]
 
-Reads the directory (or a random Llama of 2 GB in bfloat16, made for it) in
-turns: every tensor through safetensors; loaded as it is; quantized to NF4; and
-that sharded over all devices there are. GB of the files per second, medians,
-and the median of each round's ratio to safetensors. The files are in the page
-cache: what is measured is not the disk.
+Reads the directory (or a random Llama of 2 GB in bfloat16, made for it; 'tiny'
+makes a small one) in turns: every tensor through safetensors; loaded as it is;
+quantized to NF4; and that sharded over all devices there are. GB of the files
+per second. The files are in the page cache: what is measured is not the disk.
 """
 
 import functools
 import json
-import statistics
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +19,26 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import report
+import result
 import safetensors
 import safetensors.numpy
 
 from qdora_jax import QuantSpec, load_pretrained
 from qdora_jax.sharding import make_mesh
 
-# Of a Llama: 14 layers and two tables, 1.98 GB in bfloat16.
-WIDTH, FF, VOCAB, LAYERS = 2048, 5632, 65536, 14
+# Width, feed-forward, vocabulary and layers of a Llama: 1.98 GB in bfloat16.
+SHAPE = (2048, 5632, 65536, 14)
+TINY = (512, 1024, 512, 2)
+HEADS = 32
 
 
-def write_llama(folder: Path) -> int:
+def write_llama(
+  folder: Path, shape: tuple[int, int, int, int] = SHAPE, seed: int = 0
+) -> int:
   """A checkpoint of many files; gives the bytes of its largest tensor."""
-  rng, files = np.random.default_rng(0), {}
+  width, ff, vocab, layers = shape
+  rng, files = np.random.default_rng(seed), {}
 
   def normal(*shape: int) -> np.ndarray:
     # A row is repeated: drawing all of them would take longest.
@@ -47,15 +50,15 @@ def write_llama(folder: Path) -> int:
     safetensors.numpy.save_file(tensors, folder / name)
     files.update(dict.fromkeys(tensors, name))
 
-  one = np.ones(WIDTH, ml_dtypes.bfloat16)
-  save({'model.embed_tokens.weight': normal(VOCAB, WIDTH)})
-  save({'lm_head.weight': normal(VOCAB, WIDTH), 'model.norm.weight': one})
-  for n in range(LAYERS):
+  one = np.ones(width, ml_dtypes.bfloat16)
+  save({'model.embed_tokens.weight': normal(vocab, width)})
+  save({'lm_head.weight': normal(vocab, width), 'model.norm.weight': one})
+  for n in range(layers):
     shapes = {
-      **{f'self_attn.{x}_proj': (WIDTH, WIDTH) for x in 'qkvo'},
-      'mlp.gate_proj': (FF, WIDTH),
-      'mlp.up_proj': (FF, WIDTH),
-      'mlp.down_proj': (WIDTH, FF),
+      **{f'self_attn.{x}_proj': (width, width) for x in 'qkvo'},
+      'mlp.gate_proj': (ff, width),
+      'mlp.up_proj': (ff, width),
+      'mlp.down_proj': (width, ff),
     }
     norms = ('input_layernorm', 'post_attention_layernorm')
     tensors = {f'{k}.weight': normal(*s) for k, s in shapes.items()}
@@ -66,19 +69,19 @@ def write_llama(folder: Path) -> int:
   config = {
     'model_type': 'llama',
     'hidden_act': 'silu',
-    'hidden_size': WIDTH,
-    'intermediate_size': FF,
+    'hidden_size': width,
+    'intermediate_size': ff,
     'max_position_embeddings': 2048,
-    'num_attention_heads': 32,
-    'num_hidden_layers': LAYERS,
-    'num_key_value_heads': 32,
+    'num_attention_heads': HEADS,
+    'num_hidden_layers': layers,
+    'num_key_value_heads': HEADS,
     'rms_norm_eps': 1e-5,
     'rope_theta': 10000.0,
     'tie_word_embeddings': False,
-    'vocab_size': VOCAB,
+    'vocab_size': vocab,
   }
   (folder / 'config.json').write_text(json.dumps(config))
-  return 2 * VOCAB * WIDTH
+  return 2 * vocab * width
 
 
 def read(folder: Path) -> None:
@@ -95,37 +98,39 @@ def load(folder: Path, quant: QuantSpec | None, mesh: Any) -> None:
   )
 
 
-def main(directory: str | None = None, rounds: str = '3') -> None:
+def main() -> None:
+  parser = result.parser(__doc__, rounds=3)
+  parser.add_argument('--directory', help="a checkpoint, or 'tiny'")
+  args = parser.parse_args()
   with tempfile.TemporaryDirectory() as made:
-    folder = Path(directory or made)
-    if directory is None:
-      write_llama(folder)
+    folder = Path(args.directory or made)
+    if args.directory in (None, 'tiny'):
+      folder = Path(made)
+      shape = SHAPE if args.directory is None else TINY
+      write_llama(folder, shape, args.seed)
     size = sum(f.stat().st_size for f in folder.glob('*.safetensors'))
     mesh = make_mesh()
     ways = {
       'safetensors': functools.partial(read, folder),
       'as it is': functools.partial(load, folder, None, None),
       'NF4': functools.partial(load, folder, QuantSpec(), None),
-      f'NF4, {mesh.size} devices': functools.partial(
-        load, folder, QuantSpec(), mesh
-      ),
     }
-    for way in ways.values():
-      way()  # Compiles.
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(int(rounds)):
-      for name, way in ways.items():
-        began = time.perf_counter()
-        way()
-        seconds[name].append(time.perf_counter() - began)
-  print(f'{size / 1e9:.2f} GB        GB/s  of safetensors')
-  for name, times in seconds.items():
-    pairs = zip(seconds['safetensors'], times, strict=True)
-    ratio = statistics.median(a / b for a, b in pairs)
-    print(
-      f'{name:<14} {size / 1e9 / statistics.median(times):6.2f} {ratio:8.3f}'
-    )
+    if mesh.size > 1:
+      ways[f'NF4, {mesh.size} devices'] = functools.partial(
+        load, folder, QuantSpec(), mesh
+      )
+    seconds = result.interleave(ways, args.rounds)
+  rows = [
+    {
+      'loaded': name,
+      'GB/s': result.spread([size / t for t in times], 1e-9),
+      'of safetensors': result.ratio(seconds['safetensors'], times),
+    }
+    for name, times in seconds.items()
+  ]
+  what = f'Loading {size / 1e9:.2f} GB of safetensors, in the page cache.'
+  print(report.markdown(result.write('load', what, rows, args, 'GB/s')))
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main()

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Checks and times everything on one GPU, within ten minutes.
+#
+#   experiments/benchmarks/gpu.sh           results go to runs/gpu (or OUT=...)
+#   TINY=1 experiments/benchmarks/gpu.sh    sizes for a CPU: does this script work?
+#
+# Needs a Python (PYTHON=...) with what `pip install -e '.[gpu,test]'` installs,
+# and, to compare with, torch, peft and bitsandbytes that see the GPU (the extra
+# `parity`); without them ours is timed alone. Nothing is fetched: weights are
+# random. About 60 GB of the GPU's memory, and 20 GB of the host's.
+#
+# First come nvidia-smi, JAX's devices and versions; without a GPU it ends there.
+# Then, each with a limit of its own: golden values of bitsandbytes and PEFT on
+# the GPU (codes, logits, gradients, QDoRA's first twenty losses); NF4 alone; a
+# training step; decoding; memory beside the plan; tables and plots. A part that
+# fails or takes too long does not stop the others: it is named at the end, and
+# the exit code is 1.
+set -u
+cd "$(dirname "$0")/../.." || exit 2
+python=${PYTHON:-python}
+out=${OUT:-runs/gpu}
+tiny=${TINY:-}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+# JAX and torch share the GPU; products of float32 are float32 in the checks.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+here=experiments/benchmarks
+budget=575 # Seconds for all parts but the report.
+failed=()
+mkdir -p "$out" || exit 2
+
+if [[ $tiny ]]; then
+  export JAX_PLATFORMS=cpu
+  budget=3600 stretch=6
+else
+  stretch=1
+  nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv || {
+    echo 'gpu.sh: no GPU here (nvidia-smi failed); TINY=1 tries the script.' >&2
+    exit 2
+  }
+  "$python" -c '
+import jax
+assert jax.default_backend() == "gpu", f"JAX sees {jax.devices()}: no GPU"
+' || {
+    echo "gpu.sh: JAX sees no GPU; pip install 'qdora_jax[gpu]'" >&2
+    exit 2
+  }
+fi
+(cd $here && "$python" -c '
+import result
+print(result.hardware(), result.versions(), result.commit(), sep="\n")
+') || exit 2
+
+# part NAME LIMIT COMMAND...: runs it for at most LIMIT seconds.
+part() {
+  local name=$1 limit=$(($2 * stretch)) left=$((budget - SECONDS)) code
+  shift 2
+  ((limit <= left)) || limit=$left
+  if ((limit < 5)); then
+    failed+=("$name (no time was left)")
+    return
+  fi
+  echo "== $name, at most $limit s: $*"
+  timeout -k 5 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+  code=${PIPESTATUS[0]}
+  case $code in
+    0) ;;
+    124 | 137) failed+=("$name (stopped, after at most $limit s)") ;;
+    *) failed+=("$name (exit code $code)") ;;
+  esac
+}
+
+bench() {
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$python" "$here/$name.py" --out "$out" "$@"
+}
+
+golden='reference or edges or 256x128/64 or logits or twenty_steps or gradients'
+# Without conftest.py, which makes tests run on CPU devices.
+check() {
+  JAX_DEFAULT_MATMUL_PRECISION=highest part check 110 "$python" -m pytest \
+    --noconftest -o addopts= -o filterwarnings=default -p no:cacheprovider \
+    --import-mode=importlib -q -k "$1" \
+    tests/test_nf4_golden.py tests/test_linear_golden.py \
+    tests/test_curves_golden.py
+}
+
+if [[ $tiny ]]; then
+  check 'reference or edges'
+  bench nf4 20 --shapes 64x64 --rows 1,16 --rounds 2 --turn 0
+  bench step 60 --model tiny --sequence 32 --rounds 2
+  bench decode 60 --model tiny --tokens 3 --batches 1 --rounds 2 \
+    --methods 'QLoRA;QDoRA'
+  bench large 60 tiny 64
+else
+  check "$golden"
+  bench nf4 90 --shapes 4096x4096,4096x14336
+  bench step 170 --model llama-3-8b --dtype bfloat16 --sequence 2048
+  bench decode 130 --model llama-3-8b --methods 'LoRA;DoRA;QLoRA;QDoRA' \
+    --tokens 32 --rounds 3
+  bench large 70 llama-3-8b 2048
+fi
+
+budget=$((SECONDS + 25)) # Only drawing is left.
+part report 25 "$python" $here/report.py "$out" --tables "$out/report.md"
+echo "== $SECONDS s, results in $out"
+if ((${#failed[@]})); then
+  echo "FAILED: ${#failed[@]} of 6 parts:" >&2
+  printf '  %s\n' "${failed[@]}" >&2
+  exit 1
+fi
