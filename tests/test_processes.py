@@ -112,6 +112,7 @@ def test_eight_devices_of_two_processes_are_eight_of_one(tmp_path, method):
     'optim.lr': 1e-3,
     'data.eval_size': 4,
     'eval.every': 2,
+    'eval.exact_match': method == 'dora',
     'train.microbatches': 2,
     'train.batch_size': 16,
     'train.keep_best': 1,
