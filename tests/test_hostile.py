@@ -12,6 +12,7 @@ import pytest
 import tiny
 from golden import families, gguf_files, weights
 from hypothesis import strategies as st
+from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import (
   AdapterSpec,
