@@ -1,6 +1,9 @@
 """Every test runs on eight CPU devices, with strict shapes."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
@@ -8,3 +11,10 @@ os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# What one test has compiled the next ones read: a cache of this process alone,
+# since what another is writing cannot be read.
+compiled = tempfile.mkdtemp(prefix='qdora-compiled-')
+atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+jax.config.update('jax_compilation_cache_dir', compiled)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

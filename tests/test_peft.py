@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 import tiny
 from golden import weights
+from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import (
   AdapterSpec,

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import tiny
+from tiny import quick_compiles  # noqa: F401
 
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 

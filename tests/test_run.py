@@ -139,13 +139,13 @@ def test_a_run_shows_what_it_does(train, tmp_path, capsys):
     r'trained: 1,728 parameters, 1\.36% of the 127,424 of the model',
     r'24 examples, \d+ tokens, \d+ of them learned; 24 rows of \d+ tokens',
     r'6 rows held out; 5 steps of 8 x \d+ = \d+ tokens, 1\.7 epochs',
-    r'training takes about \d+ s or more',
+    r'training takes about \d.* or more',
     r'before, zero-shot: .*right .*; held-out loss',
     r'step 2: held-out loss \d\.\d+\n +0\+0=\n +answered: 7\n +expected: 0',
     r'step 4: held-out loss',
     r'fine-tuned: .* held-out loss',
     r'gain beyond both intervals: -?\d',
-    r'5 steps, \d+ tokens, \d+ tokens/s; \d+ s in all, peak .* results in',
+    r'5 steps, \d+ tokens, \d+ tokens/s; \d.* in all, peak .* results in',
   ):
     assert re.search(words, out), words
   rows = read_log(tmp_path / 'run' / 'metrics.jsonl')
@@ -358,7 +358,7 @@ def test_a_few_lines_in_a_notebook(train, tmp_path, monkeypatch):
   assert space['done'].workdir == Path('run')
 
 
-def test_a_run_is_evaluated_asked_and_exported(train, tmp_path):
+def test_a_run_is_evaluated_asked_and_exported(train, tmp_path, monkeypatch):
   train('run')
   loaded = run.load_run(tmp_path / 'run')
   score = loaded.evaluate()
@@ -368,25 +368,23 @@ def test_a_run_is_evaluated_asked_and_exported(train, tmp_path):
   for name in ('adapter_config.json', 'adapter_model.safetensors'):
     mine = (tmp_path / 'out' / name).read_bytes()
     assert mine == (tmp_path / 'run' / 'adapter' / name).read_bytes()
-
-
-def test_what_needs_no_data_reads_none(train, tmp_path, monkeypatch):
-  train('run')
+  # What needs no data reads none.
   monkeypatch.setattr(run.data, 'load_data', None)
   loaded = run.load_run(tmp_path / 'run')
-  loaded.generate('1+1=', 2)
-  loaded.export(tmp_path / 'out')
+  loaded.generate('1+1=', 4)
+  loaded.export(tmp_path / 'again')
   with pytest.raises(TypeError):
     loaded.evaluate()
 
 
-def test_a_folder_of_another_config_is_refused_with_the_difference(
-  train, tmp_path
-):
-  train('run')
+def test_a_folder_of_another_config_or_base_is_refused(train, tmp_path):
+  """The one with the difference, the other with what it is."""
+  options = {'train.steps': 2}
+  train('run', **options)
   before = (tmp_path / 'run' / 'config.json').read_text()
   with pytest.raises(ValueError) as error:
-    train('run', **{'optim.lr': 0.5, 'adapter.rank_pattern': {'.*/q/.*': 2}})
+    changes = {'optim.lr': 0.5, 'adapter.rank_pattern': {'.*/q/.*': 2}}
+    train('run', **options, **changes)
   words = str(error.value)
   assert f'{tmp_path}/run holds a run of another config' in words
   assert 'config.optim.lr was 0.01, is 0.5' in words
@@ -394,11 +392,6 @@ def test_a_folder_of_another_config_is_refused_with_the_difference(
   assert words.count(' was ') == 2
   assert f'such as {tmp_path}/run-2' in words
   assert (tmp_path / 'run' / 'config.json').read_text() == before
-
-
-def test_a_base_that_changed_on_disk_is_refused(train, tmp_path):
-  options = {'train.steps': 2}
-  train('run', **options)
   path = tmp_path / 'model' / 'config.json'
   config = json.loads(path.read_text()) | {'rms_norm_eps': 1e-3}
   path.write_text(json.dumps(config))

@@ -133,7 +133,7 @@ def test_who_comes_second_takes_the_winners(registry, monkeypatch):
   publish, folders, errors = pypi._publish, [], []
 
   def publish_together(unpacked, folder):
-    barrier.wait(timeout=60)
+    barrier.wait(timeout=300)
     publish(unpacked, folder)
 
   def work():

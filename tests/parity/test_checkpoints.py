@@ -18,6 +18,7 @@ import torch
 import transformers
 from golden import families, gguf_files, ours, strangers, weights
 from safetensors.numpy import load_file
+from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import (
   AdapterSpec,
