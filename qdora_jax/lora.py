@@ -100,32 +100,36 @@ def drop(x: jax.Array, w: Any) -> jax.Array:
 
 def correction(x: jax.Array, w: Any) -> jax.Array:
   """s (x A) B, [..., I] -> float32 [..., O]; products in x's dtype."""
-  return w.scale * _thin(x, w.lora_a, w.lora_b)
+  return _thin(x, w.lora_a, w.lora_b, jnp.asarray(w.scale, jnp.float32))
 
 
 @jax.custom_vjp
-def _thin(x: jax.Array, a_IxR: jax.Array, b_RxO: jax.Array) -> jax.Array:
-  """(x A) B.
+def _thin(
+  x: jax.Array, a_IxR: jax.Array, b_RxO: jax.Array, scale: jax.Array
+) -> jax.Array:
+  """s (x A) B.
 
   Its derivative is written out for what automatic differentiation leaves to
-  chance: the gradients of A and B come as they are stored (found transposed,
-  they cost a copy of x and of what came back), summed in float32.
+  chance. The gradients of A and B come as they are stored, summed in float32
+  (found transposed, they cost a copy of x and of what came back); and what came
+  back meets s behind the thin products, so that it stays the array that the
+  product with the base is given, too. s is constant.
   """
-  return _thin_forward(x, a_IxR, b_RxO)[0]
+  return _thin_forward(x, a_IxR, b_RxO, scale)[0]
 
 
-def _thin_forward(x, a_IxR, b_RxO):
+def _thin_forward(x, a_IxR, b_RxO, scale):
   low = checkpoint_name(x @ a_IxR.astype(x.dtype), LOW)
   high = jnp.matmul(
     low, b_RxO.astype(x.dtype), preferred_element_type=jnp.float32
   )
-  return high, (x, low, a_IxR, b_RxO)
+  return scale * high, (x, low, a_IxR, b_RxO, scale)
 
 
-def _thin_backward(kept, d_high):
-  x, low, a_IxR, b_RxO = kept
-  d_high = d_high.astype(x.dtype)
-  d_low = d_high @ b_RxO.astype(x.dtype).T
+def _thin_backward(kept, d_y):
+  x, low, a_IxR, b_RxO, scale = kept
+  d_y = d_y.astype(x.dtype)
+  d_low = (scale * (d_y @ b_RxO.astype(x.dtype).T)).astype(x.dtype)
   tokens = tuple(range(x.ndim - 1))
 
   def gradient(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -134,8 +138,8 @@ def _thin_backward(kept, d_high):
     )
 
   d_x = d_low @ a_IxR.astype(x.dtype).T
-  d_a, d_b = gradient(x, d_low), gradient(low, d_high)
-  return d_x, d_a.astype(a_IxR.dtype), d_b.astype(b_RxO.dtype)
+  d_a, d_b = gradient(x, d_low), scale * gradient(low, d_y)
+  return d_x, d_a.astype(a_IxR.dtype), d_b.astype(b_RxO.dtype), None
 
 
 _thin.defvjp(_thin_forward, _thin_backward)
