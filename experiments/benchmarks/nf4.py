@@ -294,13 +294,15 @@ def main() -> None:
   alone = (
     [] if TORCH else ['torch or bitsandbytes is not installed: ours alone.']
   )
+  if jax.default_backend() != 'gpu':
+    also.append('These limits are for GPUs: no kernel is planned for a CPU.')
   rows = []
   for shape in args.shapes.split(','):
     i, o = map(int, shape.split('x'))
     rows += measure((i, o), counts, args)
     # After each shape: who stops it early has what was measured.
     what = 'NF4 of one weight: quantize, dequantize, product with M rows.'
-    notes = verdict(rows) + alone
+    notes = verdict(rows) + also
     held = result.write('nf4', what, rows, args, 'of copy', notes)
   print(report.markdown(held))
 
