@@ -291,9 +291,9 @@ def main() -> None:
   if args.megabytes is None:
     args.megabytes = 256 if jax.default_backend() == 'gpu' else 64
   counts = list(map(int, args.rows.split(',')))
-  alone = (
-    [] if TORCH else ['torch or bitsandbytes is not installed: ours alone.']
-  )
+  also = []
+  if not TORCH:
+    also.append('torch or bitsandbytes is not installed: ours alone.')
   if jax.default_backend() != 'gpu':
     also.append('These limits are for GPUs: no kernel is planned for a CPU.')
   rows = []
