@@ -171,8 +171,18 @@ def _multiply(
 def _nf4_products(
   dtypes: tuple[jnp.dtype, jnp.dtype], rows: tuple[jax.Array, ...], q: NF4Array
 ) -> tuple[jax.Array, ...]:
-  """`_multiply` by a frozen packed weight, which is all that is kept."""
+  """`_multiply` by a frozen packed weight, which is all that is kept.
+
+  A single row, as in decoding one text, is spared dequantization.
+  """
   dtype, out = dtypes
+  if all(row.size == q.shape[0] for row in rows):
+    q = _gather(q)
+    sums = (nf4.vector_product(row.reshape(-1), q) for row in rows)
+    return tuple(
+      y.reshape(*row.shape[:-1], -1).astype(out)
+      for y, row in zip(sums, rows, strict=True)
+    )
   return _multiply(rows, materialize(q, dtype), out)
 
 

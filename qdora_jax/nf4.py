@@ -32,7 +32,7 @@ What the alternatives do. Int4 spaces levels evenly and FP4 wastes codes near
 zero; both lose more on real weights. bitsandbytes looks codes up with a CUDA
 kernel. Here one gather from a table of 256 pairs turns a byte into two weights:
 it vectorizes on CPU, and XLA fuses it on GPU; what we trade is a hand-written
-product kernel.
+product kernel. (One vector has a way of its own: `vector_product`.)
 """
 
 import os
@@ -251,6 +251,28 @@ def dequantize(q: NF4Array, dtype: jnp.dtype | None = None) -> jax.Array:
   w = pairs * scale[..., :, None, :, None]
   w = jnp.moveaxis(w.astype(dtype or q.dtype), -1, -2)
   return w.reshape(q.shape)
+
+
+def vector_product(x_I: jax.Array, q: NF4Array) -> jax.Array:
+  """x W of one vector, f32 [O]: what decoding one text multiplies.
+
+  Levels times x are summed in each block, then the blocks' sums times their
+  scales, all in float32: W is neither scaled nor brought into order, as it is
+  for `x @ dequantize(q)`, which takes half as long again on a CPU.
+
+  Args:
+    x_I: [I].
+    q: NF4Array [I, O], no leading axes.
+  """
+  i, o = q.shape
+  scale = absmax(q)
+  levels = jnp.asarray(LEVELS)
+  codes = q.codes.reshape(i // q.block_size, q.block_size // 2, o)
+  pairs = x_I.astype(jnp.float32).reshape(*codes.shape[:2], 2)
+  even = levels.at[codes >> 4].get(mode='promise_in_bounds')
+  odd = levels.at[codes & 15].get(mode='promise_in_bounds')
+  within = jnp.sum(even * pairs[..., :1] + odd * pairs[..., 1:], axis=1)
+  return jnp.sum(within * scale, axis=0)
 
 
 def quantize_host(

@@ -9,7 +9,9 @@ import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
+from qdora_jax import AdapterSpec, attach, freeze, init_adapter, quantize, specs
 from qdora_jax.generate import generate
+from qdora_jax.model import init_cache
 
 COUNT = 6
 
@@ -124,3 +126,24 @@ def test_nothing_to_continue_is_an_error(batch):
 def test_no_new_tokens_is_an_error_that_says_so():
   with pytest.raises(ValueError, match='max_new_tokens=0'):
     generate(*tiny.loaded(tied=False)[:2], [[3, 4]], 0)
+
+
+def test_frozen_dora_decodes_at_loras_price():
+  """By the work of one token's program; as attached, norms cost several."""
+  model, base, _ = tiny.loaded(tied=False)
+  base = quantize(base, specs.QuantSpec(block_size=32))
+  cache = init_cache(model.config, 1, 16)
+
+  @jax.jit
+  def step(params, token, cache):
+    return model.apply({'params': params}, token, cache=cache)
+
+  def work(method, together):
+    spec = AdapterSpec(method, rank=4)
+    params = together(base, init_adapter(jax.random.key(0), base, spec))
+    lowered = step.lower(params, jnp.zeros((1, 1), jnp.int32), cache)
+    return lowered.cost_analysis()['flops']
+
+  lora = work('lora', attach)
+  assert lora < work('dora', freeze) <= 1.03 * lora
+  assert work('dora', attach) > 3 * lora

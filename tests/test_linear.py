@@ -52,6 +52,22 @@ def test_a_product_is_that_with_the_materialized_weight(kind):
     close(linear(x, w, bias), x @ materialize(w) + bias[None, None])
 
 
+@pytest.mark.parametrize('kind', KINDS[1:])
+def test_one_row_is_multiplied_without_dequantizing(kind):
+  q = base(kind)
+  dense = materialize(q)
+  for x in (normal(4, I), normal(4, 1, 1, I)):
+    y = linear(x, q)
+    assert y.shape == (*x.shape[:-1], O) and y.dtype == x.dtype
+    close(y, x @ dense, 1e-6)
+    close(jax.grad(lambda x: linear(x, q).sum())(x).ravel(), dense.sum(1))
+    assert 'dot_general' not in str(jax.make_jaxpr(linear)(x, q))
+  assert 'dot_general' in str(jax.make_jaxpr(linear)(normal(4, 2, I), q))
+  half = linear(normal(4, 1, I).astype(jnp.bfloat16), q)
+  assert half.dtype == jnp.bfloat16
+  close(half.astype(jnp.float32), normal(4, 1, I) @ dense, 1e-2)
+
+
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('factored', [True, False])
 def test_gradients_are_those_of_the_dense_formula(kind, factored):

@@ -10,9 +10,9 @@ and adapters, away from their start, on both sides, and in float32 both have to
 say the same tokens; a name of published.py ('tiny', too) is drawn at random on
 the device, on each side its own. float32 on a CPU, bfloat16 on a GPU.
 
-DoRA is frozen (`freeze`: norms computed once), on PEFT's side cached; 'not
-frozen' is as `attach` gives it. 'of bound' is the least time that reading the
-weights takes - every stored byte, but for an embedding that is no head, at the
+DoRA is frozen (`freeze`: norms computed once), on PEFT's side cached; unfrozen
+is as `attach` gives it. 'of bound' is the least time that reading the weights
+takes - every stored byte, but for an embedding that is no head, at the
 bandwidth of a plain copy in the same round - over the time taken. 'of LoRA' is
 the ratio to LoRA over the same base. Without torch ours is measured alone.
 """
@@ -82,11 +82,11 @@ METHODS = {
   'base': Method(False),
   'LoRA': Method(False, 'lora'),
   'DoRA': Method(False, 'dora', freeze),
-  'DoRA, not frozen': Method(False, 'dora'),
+  'DoRA unfrozen': Method(False, 'dora'),
   'NF4 base': Method(True),
   'QLoRA': Method(True, 'lora'),
   'QDoRA': Method(True, 'dora', freeze),
-  'QDoRA, not frozen': Method(True, 'dora'),
+  'QDoRA unfrozen': Method(True, 'dora'),
 }
 
 
@@ -188,14 +188,14 @@ def measure(
   prompts = draw.integers(0, vocab, (batch, args.prompt)).tolist()
   sayers: dict[tuple[str, str], Callable[[int], list[list[int]]]] = {}
   read = {}
-  for name in args.methods.split(';'):
+  for name in args.methods.split(','):
     method = METHODS[name]
     params = ours.params(method)
     read[name] = ours.read(params)
     sayers[name, 'ours'] = functools.partial(
       generate, ours.model, params, prompts
     )
-    if peft and 'not frozen' not in name:
+    if peft and 'unfrozen' not in name:
       import theirs
 
       sayers[name, 'PEFT'] = functools.partial(
@@ -247,7 +247,7 @@ def _check(sayers: Mapping[tuple[str, str], Callable], count: int) -> None:
   """Each method says the same on both sides, and frozen as unfrozen."""
   said = {sayer: say(count) for sayer, say in sayers.items()}
   for (name, side), tokens in said.items():
-    like = name.removesuffix(', not frozen'), 'ours'
+    like = name.removesuffix(' unfrozen'), 'ours'
     if like in said:
       assert tokens == said[like], f'{name} by {side}: {tokens} != {said[like]}'
   print(f'the same {count} tokens on both sides', file=sys.stderr, flush=True)
@@ -261,7 +261,7 @@ def main() -> None:
   parser.add_argument('--batches', default='1,8')
   parser.add_argument('--prompt', type=int, default=32, help='tokens')
   parser.add_argument('--tokens', type=int, default=64 if gpu else 16)
-  parser.add_argument('--methods', default=';'.join(METHODS))
+  parser.add_argument('--methods', default=','.join(METHODS))
   args = parser.parse_args()
   ours = Ours(args.model, args.dtype, args.seed)
   rows, notes = [], []

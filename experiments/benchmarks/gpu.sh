@@ -88,15 +88,16 @@ check() {
 if [[ $tiny ]]; then
   check 'reference or edges'
   bench nf4 20 --shapes 64x64 --rows 1,16 --rounds 2 --turn 0
-  bench step 60 --model tiny --sequence 32 --rounds 2
+  bench step 60 --model tiny --sequence 32 --rounds 2 --methods QLoRA,QDoRA
   bench decode 60 --model tiny --tokens 3 --batches 1 --rounds 2 \
-    --methods 'QLoRA;QDoRA'
+    --methods QLoRA,QDoRA
   bench large 60 tiny 64
 else
   check "$golden"
   bench nf4 90 --shapes 4096x4096,4096x14336
-  bench step 170 --model llama-3-8b --dtype bfloat16 --sequence 2048
-  bench decode 130 --model llama-3-8b --methods 'LoRA;DoRA;QLoRA;QDoRA' \
+  bench step 170 --model llama-3-8b --sequence 2048 --batch 4 \
+    --dtype bfloat16 --remat block --checkpointing --methods QLoRA,QDoRA
+  bench decode 130 --model llama-3-8b --methods LoRA,DoRA,QLoRA,QDoRA \
     --tokens 32 --rounds 3
   bench large 70 llama-3-8b 2048
 fi
