@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from qdora_jax import optim, paths
 from qdora_jax.adapter import init_adapter
+from qdora_jax.attention import Form
 from qdora_jax.loss import CHUNK
 from qdora_jax.model import Decoder, ModelConfig, Remat, init_cache
 from qdora_jax.sharding import AXES, shardings
@@ -49,7 +50,7 @@ class Job:
     microbatches: as in `train.make_step`.
     learned: tokens per example that the loss is taken on; None: all.
     dtype: of products, activations and of what stays unquantized.
-    remat: as in `Decoder`.
+    remat, attention: as in `Decoder`.
     optimizer: any optax transformation; AdamW if None.
     paged: whether its state waits in the host's memory.
     data, fsdp, tensor: sizes of the mesh.
@@ -64,6 +65,7 @@ class Job:
   learned: int | None = None
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   remat: Remat = 'block'
+  attention: Form = 'auto'
   optimizer: optax.GradientTransformation | None = None
   paged: bool = False
   data: int = 1
@@ -218,7 +220,9 @@ def activations(job: Job) -> tuple[int, int]:
 def _kept(job: Job) -> tuple[int, int]:
   """`activations` of a job on one device."""
   made = trees(job)
-  model = Decoder(job.model, jnp.dtype(job.dtype), job.remat)
+  model = Decoder(
+    job.model, jnp.dtype(job.dtype), job.remat, attention=job.attention
+  )
   dropout = job.adapter is not None and job.adapter.dropout > 0
 
   def forward(trained, base, fixed, tokens):

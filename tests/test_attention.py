@@ -1,0 +1,182 @@
+"""Attention in chunks is attention: values, gradients, memory, devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tiny import quick_compiles  # noqa: F401
+
+from qdora_jax.attention import attention, best
+from qdora_jax.sight import NOWHERE, look
+
+WIDTH, CHUNK = 8, 16
+
+
+def arrays(lengths=(70, 70), heads=(4, 2), dtype=jnp.float32, rows=2, seed=0):
+  """q, k, v and the gradient of what attention gives."""
+  (queries, keys), (h, kv) = lengths, heads
+  shapes = [(queries, h), (keys, kv), (keys, kv), (queries, h)]
+  draw = np.random.RandomState(seed)
+  return [
+    jnp.asarray(draw.standard_normal((rows, n, m, WIDTH)), dtype)
+    for n, m in shapes
+  ]
+
+
+def packed(length, rows=2, seed=0):
+  """Positions and segments as `data` packs them, with padding at the end."""
+  draw = np.random.RandomState(seed)
+  places, segments = np.zeros((2, rows, length), np.int32)
+  for row in range(rows):
+    at = 0
+    for n in range(1, length):
+      size = draw.randint(1, length // 2)
+      if at + size > length - 5:
+        break
+      places[row, at : at + size] = np.arange(size)
+      segments[row, at : at + size] = n
+      at += size
+  return jnp.asarray(places), jnp.asarray(segments)
+
+
+def sight(kind, length, window=None, chunk=CHUNK):
+  places = jnp.tile(jnp.arange(length)[None], (2, 1))
+  if kind == 'packed':
+    places, segments = packed(length)
+    return look(places, places, segments, segments, window, chunk)
+  if kind == 'padded':  # On the left, as generation has it.
+    shift = jnp.asarray([[0], [length // 3]])
+    places = jnp.where(places < shift, NOWHERE, places - shift)
+  return look(places, places, None, None, window, chunk)
+
+
+@functools.partial(jax.jit, static_argnames=('scale', 'softcap'))
+def both(q, k, v, dy, seen, **options):
+  """(y, dq, dk, dv) of flash and of the plain form."""
+  results = []
+  for form in ('flash', 'plain'):
+    f = functools.partial(attention, sight=seen, form=form, **options)
+    y, pull = jax.vjp(f, q, k, v)
+    results.append((y, *pull(dy)))
+  return results
+
+
+CASES = {
+  # kind of row, (queries' heads, keys'), window, options
+  'mha': ('plain', (3, 3), None, {}),
+  'gqa packed': ('packed', (4, 2), None, {}),
+  'mqa padded': ('padded', (3, 1), None, {}),
+  'window': ('plain', (4, 2), 19, {}),
+  'window packed': ('packed', (2, 2), 5, {'scale': 0.7}),
+  'window padded': ('padded', (4, 2), 3, {}),
+  'softcap': ('plain', (4, 2), None, {'softcap': 1.5}),
+  'everything': ('packed', (6, 2), 7, {'softcap': 2.0, 'scale': 1.3}),
+}
+
+
+@pytest.mark.parametrize(
+  ('case', 'length'), [*((case, 70) for case in CASES), ('everything', 32)]
+)
+def test_flash_is_the_plain_form(case, length):
+  """Lengths that chunks divide and that they do not; forward and gradients."""
+  kind, heads, window, options = CASES[case]
+  seen = sight(kind, length, window)
+  q, k, v, dy = arrays((length, length), heads)
+  if kind == 'padded':
+    # What padding sees among itself means nothing; it must be finite.
+    dy = jnp.where((seen.query_BxL < NOWHERE)[..., None, None], dy, 0)
+  got, want = both(q, k, v, dy, seen, **options)
+  for a, b in zip(got, want, strict=True):
+    assert a.dtype == b.dtype
+    assert tiny.relative(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_sixteen_bits_to_their_rounding(dtype):
+  """Both forms are as far from float32 as the dtype is."""
+  seen = sight('packed', 70, 30)
+  rounded = arrays(dtype=dtype)
+  exact, _ = both(*(a.astype(jnp.float32) for a in rounded), seen)
+  got, plain = both(*rounded, seen)
+  for a, b, want in zip(got, plain, exact, strict=True):
+    assert a.dtype == b.dtype == dtype
+    assert tiny.relative(a, want) <= 2 * jnp.finfo(dtype).eps
+    assert tiny.relative(b, want) <= 2 * jnp.finfo(dtype).eps
+
+
+def test_more_keys_than_queries():
+  """A text read into a cache that has room left."""
+  seen = look(
+    40 + jnp.arange(50)[None],
+    jnp.where(jnp.arange(120) < 90, jnp.arange(120), NOWHERE)[None],
+    chunk=CHUNK,
+  )
+  got, want = both(*arrays((50, 120), rows=1), seen)
+  for a, b in zip(got, want, strict=True):
+    assert tiny.relative(a, b) <= 1e-6
+
+
+def test_a_query_that_sees_nothing_gets_zero():
+  """And gives no gradient: not that of an average, and not NaN."""
+  places = jnp.arange(40)[None]
+  seen = look(places, places + 20, chunk=CHUNK)
+  q, k, v, dy = arrays((40, 40), rows=1)
+  got, want = both(q, k, v, dy, seen, softcap=3.0)
+  for a in (got[0][:, :20], got[1][:, :20]):
+    assert not np.asarray(a).any()
+  real = jnp.where(jnp.arange(40)[None, :, None, None] < 20, 0, dy)
+  got, want = both(q, k, v, real, seen, softcap=3.0)
+  assert tiny.relative(got[0][:, 20:], want[0][:, 20:]) <= 1e-6
+  for a, b in zip(got[1:], want[1:], strict=True):
+    assert tiny.relative(a, b) <= 1e-6
+
+
+def counted(seen):
+  """Pairs that are visited, and those that really see something."""
+  chunks = seen.chunks()
+  n, m = len(chunks.query_BxL), len(chunks.key_BxS)
+  needed = {
+    (i, j)
+    for i in range(n)
+    for j in range(m)
+    if np.asarray(chunks.of(i, j).mask()).any()
+  }
+  visited = list(map(tuple, seen.pairs_Px2[: int(seen.count)].tolist()))
+  assert len(set(visited)) == len(visited)
+  return set(visited), needed
+
+
+@pytest.mark.parametrize('kind', ['plain', 'packed', 'padded'])
+@pytest.mark.parametrize('window', [None, 20])
+def test_every_pair_of_chunks_that_matters_is_visited(kind, window):
+  visited, needed = counted(sight(kind, 170, window))
+  assert needed <= visited
+  if kind == 'plain':
+    assert visited == needed
+    assert len(visited) == (66 if window is None else 30)
+
+
+def test_pairs_that_see_nothing_are_left_out():
+  """Of 64 pairs of chunks: two examples, each of four chunks in a row."""
+  places = jnp.tile(jnp.arange(4 * CHUNK), 2)[None]
+  segments = jnp.repeat(jnp.asarray([1, 2]), 4 * CHUNK)[None]
+  visited, _ = counted(look(places, places, segments, segments, chunk=CHUNK))
+  assert len(visited) == 2 * 10
+
+
+def test_forms_are_chosen_by_length(monkeypatch):
+  assert best(255, 255) == best(1, 32768) == best(8, 4096) == 'plain'
+  assert best(256, 256) == best(32768, 32768) == best(64, 4096) == 'flash'
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert (best(1023, 1023), best(1024, 1024)) == ('plain', 'flash')
+
+
+def test_under_vmap():
+  seen = sight('packed', 40)
+  q, k, v, dy = (jnp.stack([a, -2 * a]) for a in arrays((40, 40)))
+  got, want = jax.vmap(lambda *a: both(*a, seen))(q, k, v, dy)
+  for a, b in zip(got, want, strict=True):
+    assert tiny.relative(a, b) <= 1e-6
