@@ -1,15 +1,23 @@
 """Attention in chunks is attention: values, gradients, memory, devices."""
 
+import dataclasses
 import functools
+import math
+import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from tiny import quick_compiles  # noqa: F401
 
+from qdora_jax import rope
 from qdora_jax.attention import attention, best
+from qdora_jax.loss import summed_loss
+from qdora_jax.model import Decoder, LayerKind, ModelConfig
 from qdora_jax.sight import NOWHERE, look
 
 WIDTH, CHUNK = 8, 16
@@ -180,3 +188,128 @@ def test_under_vmap():
   got, want = jax.vmap(lambda *a: both(*a, seen))(q, k, v, dy)
   for a, b in zip(got, want, strict=True):
     assert tiny.relative(a, b) <= 1e-6
+
+
+LONG = rope.longrope(1e4, 8, 4.0, 4096, (1.0,) * 4, (2.0,) * 4)
+# What may be quadratic is: LongRoPE in a packed row, windows, soft caps.
+CONFIG = ModelConfig(
+  vocab=64,
+  width=32,
+  ff=64,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  kinds=(LayerKind(LONG), LayerKind(rope.plain(1e4, 8), window=4096)),
+  attn_softcap=30.0,
+)
+
+
+def compiled_gradient(length, config=CONFIG, remat='block'):
+  """Of the loss of a packed row; nothing is run."""
+  model = Decoder(config, remat=remat)
+  params = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  )['params']
+  whole = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  names = ('tokens', 'positions', 'segments', 'loss_at', 'labels')
+  batch = dict.fromkeys(names, whole)
+  batch['weights'] = jax.ShapeDtypeStruct((1, length), jnp.float32)
+  f = jax.grad(lambda params, batch: summed_loss(model, params, batch))
+  return jax.jit(f).lower(params, batch).compile()
+
+
+def largest(program):
+  """Numbers of the largest array of a compiled program."""
+  shapes = re.findall(r'\b[a-z]+\d*\[([\d,]+)\]', program.as_text())
+  return max(math.prod(map(int, dims.split(','))) for dims in shapes)
+
+
+def test_32k_tokens_without_an_l_x_l_array():
+  """Forward and backward; twice the tokens take twice the memory."""
+  long, half = compiled_gradient(32768), compiled_gradient(16384)
+  # Nothing is larger than what a layer keeps of a token.
+  assert largest(long) <= 32768 * 2 * CONFIG.ff
+  memory, less = (p.memory_analysis().temp_size_in_bytes for p in (long, half))
+  assert memory <= 2.1 * less
+  # The plain form has one, and this would see it.
+  plain = jax.jit(lambda p: look(p, p).mask())
+  places = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+  assert largest(plain.lower(places).compile()) == 4096**2
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+  """Has the devices here say that they are of a compute capability."""
+
+  def say(capability):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+    monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91000)
+
+  return say
+
+
+def lowered(length, dtype=jnp.bfloat16, width=64, form='auto', **options):
+  """The program for a GPU of attention and its gradient, not compiled."""
+  shape = jax.ShapeDtypeStruct((2, length, 4, width), dtype)
+  places = jax.ShapeDtypeStruct((2, length), jnp.int32)
+
+  def f(q, k, v, places, segments):
+    seen = look(places, places, segments, segments, options.get('window'))
+    cap = options.get('softcap')
+    y = attention(q, k, v, seen, softcap=cap, form=form)
+    return jnp.sum(y.astype(jnp.float32))
+
+  args = (shape, shape, shape, places, places)
+  traced = jax.jit(jax.grad(f, (0, 1, 2))).trace(*args)
+  return traced.lower(lowering_platforms=('cuda',)).as_text()
+
+
+def test_cudnn_takes_what_it_can(gpu):
+  gpu('8.0')
+  for program in (lowered(128), lowered(4096, jnp.float16, window=9)):
+    assert '@__cudnn$fmhaScaleBiasSoftmax(' in program
+    assert '@__cudnn$fmhaScaleBiasSoftmaxBackward(' in program
+
+
+@pytest.mark.parametrize(
+  ('capability', 'length', 'options'),
+  [
+    ('7.5', 128, {}),  # A T4.
+    ('gfx942', 128, {}),
+    ('9.0', 128, {'dtype': jnp.float32}),
+    ('9.0', 128, {'width': 144}),
+    ('9.0', 128, {'width': 12}),
+    ('9.0', 128, {'softcap': 30.0}),
+    ('9.0', 127, {}),
+    ('9.0', 4098, {}),
+    ('9.0', 128, {'form': 'plain'}),
+    ('9.0', 128, {'form': 'flash'}),
+  ],
+)
+def test_what_cudnn_cannot_do_is_done_without(gpu, capability, length, options):
+  gpu(capability)
+  assert 'cudnn' not in lowered(length, **options)
+
+
+def test_without_a_gpu_there_is_no_cudnn():
+  assert 'cudnn' not in lowered(128)
+
+
+@pytest.mark.parametrize(
+  'sizes', [(1, 8, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)]
+)
+def test_nothing_of_it_travels(sizes):
+  """Rows and heads are split, chunks are not; which pairs is asked once."""
+  traffic = tiny.script('benchmarks/traffic.py')
+  config = dataclasses.replace(CONFIG, kinds=CONFIG.kinds[1:] * 2)
+  step, *_ = traffic.compiled_step(
+    config, 'lora', sizes=sizes, rows=8, length=300
+  )
+  # A loop of unknown length with a collective in it would be an error here.
+  found = traffic.moved(step.as_text())
+  asked = [a for a in found if a.dtype == 'pred']
+  assert [(a.shape, a.times) for a in asked] == [((3, 3), 1)]
+  assert not [a for a in found if a.times > 1 and 128 in a.shape]
