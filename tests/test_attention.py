@@ -15,6 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import rope
+from qdora_jax import sight as sight_room
 from qdora_jax.attention import attention, best
 from qdora_jax.loss import summed_loss
 from qdora_jax.model import Decoder, LayerKind, ModelConfig
@@ -313,3 +314,38 @@ def test_nothing_of_it_travels(sizes):
   asked = [a for a in found if a.dtype == 'pred']
   assert [(a.shape, a.times) for a in asked] == [((3, 3), 1)]
   assert not [a for a in found if a.times > 1 and 128 in a.shape]
+
+
+@pytest.mark.parametrize(
+  'remat',
+  [
+    'block',
+    pytest.param('none', marks=pytest.mark.slow),
+    pytest.param('dots', marks=pytest.mark.slow),
+    pytest.param('offload', marks=pytest.mark.slow),
+  ],
+)
+def test_a_model_learns_the_same_in_chunks(monkeypatch, remat):
+  """Loss and gradients of packed rows, in layers of two kinds."""
+  monkeypatch.setattr(sight_room, 'best_chunk', lambda: CHUNK)
+  kinds = (LayerKind(LONG), LayerKind(rope.plain(1e4, 8), window=6))
+  model = Decoder(dataclasses.replace(CONFIG, kinds=kinds), remat=remat)
+  places, segments = packed(50)
+  tokens = jnp.asarray(np.random.RandomState(1).randint(0, 64, (2, 50)))
+  params = jax.jit(model.init)(jax.random.key(0), tokens)['params']
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(form, params):
+    def loss(params):
+      one = model.clone(attention=form)
+      y = one.apply({'params': params}, tokens, places, segments)
+      return jnp.mean(jnp.square(y) * (segments > 0)[..., None])
+
+    return jax.value_and_grad(loss)(params)
+
+  for a, b in zip(
+    jax.tree.leaves(run('flash', params)),
+    jax.tree.leaves(run('plain', params)),
+    strict=True,
+  ):
+    assert tiny.relative(a, b) <= 1e-5
