@@ -67,18 +67,22 @@ def _forward(q, k, v, sight, scale, softcap):
   def step(n, state):
     i, j = sight.pairs_Px2[n]
     s_BxKxGxCxE = _scores(
-      q_NxBxKxGxCxDh[i], k_MxBxKxExDh[j], seen.of(i, j), scale, softcap
+      _at(q_NxBxKxGxCxDh, i),
+      _at(k_MxBxKxExDh, j),
+      seen.of(i, j),
+      scale,
+      softcap,
     )
-    y, m, total = (a[i] for a in state)
+    y, m, total = (_at(a, i) for a in state)
     larger = jnp.maximum(m, jnp.max(s_BxKxGxCxE, axis=-1, keepdims=True))
     p_BxKxGxCxE = jnp.exp(s_BxKxGxCxE - larger)
     shrink = jnp.exp(m - larger)
     total = total * shrink + jnp.sum(p_BxKxGxCxE, axis=-1, keepdims=True)
     y = y * shrink + _product(
-      'bkgce,bked->bkgcd', p_BxKxGxCxE.astype(v.dtype), v_MxBxKxExDh[j]
+      'bkgce,bked->bkgcd', p_BxKxGxCxE.astype(v.dtype), _at(v_MxBxKxExDh, j)
     )
     return tuple(
-      a.at[i].set(b) for a, b in zip(state, (y, larger, total), strict=True)
+      _put(a, b, i) for a, b in zip(state, (y, larger, total), strict=True)
     )
 
   y = jnp.zeros(q_NxBxKxGxCxDh.shape, jnp.float32)
@@ -100,11 +104,12 @@ def _backward(scale, softcap, residuals, dy):
 
   def step(n, sums):
     i, j = sight.pairs_Px2[n]
-    q, k, v = q_NxBxKxGxCxDh[i], k_MxBxKxExDh[j], v_MxBxKxExDh[j]
-    dy = dy_NxBxKxGxCxDh[i]
+    q, dy = _at(q_NxBxKxGxCxDh, i), _at(dy_NxBxKxGxCxDh, i)
+    k, v = _at(k_MxBxKxExDh, j), _at(v_MxBxKxExDh, j)
     s_BxKxGxCxE = _scores(q, k, seen.of(i, j), scale, softcap)
-    p = jnp.exp(s_BxKxGxCxE - logsumexp_NxBxKxGxCx1[i])
-    ds = p * (_product('bkgcd,bked->bkgce', dy, v) - along_NxBxKxGxCx1[i])
+    p = jnp.exp(s_BxKxGxCxE - _at(logsumexp_NxBxKxGxCx1, i))
+    ds = _product('bkgcd,bked->bkgce', dy, v) - _at(along_NxBxKxGxCx1, i)
+    ds *= p
     if softcap is not None:
       # Where a score is hidden p is 0; the square there must be finite.
       bent = jnp.clip(s_BxKxGxCxE / softcap, -1, 1)
@@ -115,9 +120,9 @@ def _backward(scale, softcap, residuals, dy):
       _product('bkgce,bkgcd->bked', ds, q),
       _product('bkgce,bkgcd->bked', p.astype(dy.dtype), dy),
     )
-    where = (i, j, j)
     return tuple(
-      a.at[at].add(b) for a, at, b in zip(sums, where, parts, strict=True)
+      _put(a, _at(a, n) + b, n)
+      for a, b, n in zip(sums, parts, (i, j, j), strict=True)
     )
 
   like = (q_NxBxKxGxCxDh, k_MxBxKxExDh, v_MxBxKxExDh)
@@ -141,6 +146,9 @@ def _scores(q_BxKxGxCxDh, k_BxKxExDh, sight, scale, softcap):
   return jnp.where(sight.mask()[:, None, None], s, HIDDEN)
 
 
+# One chunk, and one in its place: a slice, where indexing would be a scatter.
+_at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+_put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 

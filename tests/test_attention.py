@@ -86,8 +86,16 @@ CASES = {
 }
 
 
+MORE = ['window', 'window padded']
+
+
 @pytest.mark.parametrize(
-  ('case', 'length'), [*((case, 70) for case in CASES), ('everything', 32)]
+  ('case', 'length'),
+  [
+    *((case, 70) for case in CASES if case not in MORE),
+    *(pytest.param(case, 70, marks=pytest.mark.slow) for case in MORE),
+    pytest.param('everything', 32, marks=pytest.mark.slow),
+  ],
 )
 def test_flash_is_the_plain_form(case, length):
   """Lengths that chunks divide and that they do not; forward and gradients."""
@@ -103,7 +111,9 @@ def test_flash_is_the_plain_form(case, length):
     assert tiny.relative(a, b) <= 1e-6
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+  'dtype', [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
+)
 def test_sixteen_bits_to_their_rounding(dtype):
   """Both forms are as far from float32 as the dtype is."""
   seen = sight('packed', 70, 30)
