@@ -1,74 +1,110 @@
-"""One function: causal attention over packed, padded or cached keys.
+"""One function: packed causal attention, in the best form there is.
 
-What may see what is told by positions and segments alone, so that training on
-packed examples, evaluation on padded batches and decoding from a cache are the
-same product.
+Three forms of one product, equal within rounding:
+
+  plain   all scores at once: short texts, and decoding a token at a time
+  flash   a chunk of scores at a time (`flash.py`): any length, any device
+  cudnn   cuDNN's fused kernel, for 16-bit numbers on GPUs from Ampere on; it is
+          told who sees whom by a dense mask, and so is none for long texts
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-# Position of a key that no query may see: padding, or an empty cache slot.
-NOWHERE = jnp.iinfo(jnp.int32).max // 2
+from qdora_jax.flash import flash
+from qdora_jax.sight import Sight, best_chunk
 
+Form = Literal['auto', 'plain', 'flash']
 
-def visible(
-  query_BxL: jax.Array,
-  key_BxS: jax.Array,
-  query_segment_BxL: jax.Array | None = None,
-  key_segment_BxS: jax.Array | None = None,
-  window: int | None = None,
-) -> jax.Array:
-  """Causal mask, bool [B, 1, L, S]: earlier or same position, same segment.
-
-  Args:
-    query_BxL: positions of the queries.
-    key_BxS: positions of the keys; NOWHERE hides one from every real query.
-    query_segment_BxL: which packed example each query belongs to; None: one.
-    key_segment_BxS: likewise for keys.
-    window: how many positions a query sees, its own included; None: all.
-  """
-  back = query_BxL[:, :, None] - key_BxS[:, None, :]
-  mask = back >= 0
-  if window is not None:
-    mask &= back < window
-  if query_segment_BxL is not None:
-    mask &= query_segment_BxL[:, :, None] == key_segment_BxS[:, None, :]
-  return mask[:, None]
+# A mask of 4,096 x 4,096 takes 34 MB in 16 bits, and cuDNN's gradient of it as
+# much again.
+_LONGEST_MASK = 4096
 
 
 def attention(
   q_BxLxHxDh: jax.Array,
   k_BxSxKxDh: jax.Array,
   v_BxSxKxDh: jax.Array,
-  mask_Bx1xLxS: jax.Array,
+  sight: Sight,
   scale: float | None = None,
   softcap: float | None = None,
+  form: Form = 'auto',
 ) -> jax.Array:
   """softmax(scale q k^T) v with grouped kv heads, softmax in float32.
 
   Args:
     q_BxLxHxDh, k_BxSxKxDh, v_BxSxKxDh: H is a multiple of K.
-    mask_Bx1xLxS: from `visible`.
+    sight: who sees whom. A query that sees nothing gets what means nothing.
     scale: of the scores; None: 1 / sqrt(Dh).
     softcap: scores are bent to softcap * tanh(score / softcap) (Gemma 2, arXiv
       2408.00118); None leaves them.
+    form: 'auto' asks lengths, dtype and device. One query is plain in any.
 
   Returns:
     [B, L, H, Dh] in q's dtype.
   """
-  if softcap is None:
+  q, k, v = q_BxLxHxDh, k_BxSxKxDh, v_BxSxKxDh
+  queries, keys = q.shape[1], k.shape[1]
+  cudnn = form == 'auto' and fused(q, keys, softcap)
+  if form == 'auto':
+    form = best(queries, keys)
+  factor = q.shape[-1] ** -0.5 if scale is None else scale
+  if form == 'flash' and queries > 1 and not cudnn:
+    return flash(q, k, v, sight, factor, softcap)
+  mask = sight.mask()[:, None]
+  # (jax.nn's has no soft cap, and on CPU no product in float16.)
+  if cudnn or (softcap is None and q.dtype != jnp.float16):
+    how = 'cudnn' if cudnn else None
     return jax.nn.dot_product_attention(
-      q_BxLxHxDh, k_BxSxKxDh, v_BxSxKxDh, mask=mask_Bx1xLxS, scale=scale
+      q, k, v, mask=mask, scale=scale, implementation=how
     )
-  *lead, h, dh = q_BxLxHxDh.shape
-  kv = k_BxSxKxDh.shape[2]
-  q = q_BxLxHxDh.reshape(*lead, kv, h // kv, dh)
+  *lead, h, dh = q.shape
+  q = q.reshape(*lead, k.shape[2], h // k.shape[2], dh)
   scores = jnp.einsum(
-    'blkgd,bskd->bkgls', q, k_BxSxKxDh, preferred_element_type=jnp.float32
+    'blkgd,bskd->bkgls', q, k, preferred_element_type=jnp.float32
   )
-  scores = softcap * jnp.tanh(scores * ((scale or dh**-0.5) / softcap))
-  scores = jnp.where(mask_Bx1xLxS[:, :, None], scores, jnp.finfo(scores).min)
-  share = jax.nn.softmax(scores, axis=-1).astype(v_BxSxKxDh.dtype)
-  y = jnp.einsum('bkgls,bskd->blkgd', share, v_BxSxKxDh)
+  if softcap is None:
+    scores *= factor
+  else:
+    scores = softcap * jnp.tanh(scores * (factor / softcap))
+  scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores).min)
+  share = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  y = jnp.einsum('bkgls,bskd->blkgd', share, v)
   return y.reshape(*lead, h, dh)
+
+
+def best(queries: int, keys: int) -> Literal['plain', 'flash']:
+  """The form for so many queries and keys, cuDNN aside.
+
+  Flash from two chunks on: on CPU it is the faster one from there, see
+  experiments/LOG.md.
+  """
+  return 'plain' if queries * keys < (2 * best_chunk()) ** 2 else 'flash'
+
+
+def fused(q_BxLxHxDh: jax.Array, keys: int, softcap: float | None) -> bool:
+  """Whether cuDNN has this attention on the devices here.
+
+  The limits are those of jax/_src/cudnn/fused_attention_stablehlo.py (JAX 0.10
+  to 0.12), and that of a dense mask.
+  """
+  _, queries, _, width = q_BxLxHxDh.shape
+  return (
+    jax.default_backend() == 'gpu'
+    and _ampere(jax.local_devices()[0])
+    and q_BxLxHxDh.dtype in (jnp.bfloat16, jnp.float16)
+    and width <= 128
+    and width % 8 == 0
+    and softcap is None
+    # Its backward pass wants even lengths beside a mask.
+    and queries % 2 == keys % 2 == 0
+    and max(queries, keys) <= _LONGEST_MASK
+  )
+
+
+def _ampere(device: jax.Device) -> bool:
+  """An NVIDIA GPU of compute capability 8.0 or more ('gfx...' is AMD's)."""
+  major = str(getattr(device, 'compute_capability', '')).partition('.')[0]
+  return major.isdigit() and int(major) >= 8

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from qdora_jax.attention import Form
 from qdora_jax.chat import Format
 from qdora_jax.model import Remat
 from qdora_jax.paged import Paged
@@ -23,6 +24,7 @@ class ModelSection:
   name: str
   dtype: Literal['float32', 'bfloat16']
   remat: Remat
+  attention: Form = 'auto'
 
 
 @dataclasses.dataclass(frozen=True)

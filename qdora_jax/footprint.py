@@ -25,9 +25,11 @@ from jax.sharding import AbstractMesh, AxisType
 
 from qdora_jax import optim, paths
 from qdora_jax.adapter import init_adapter
+from qdora_jax.attention import Form, best
 from qdora_jax.loss import CHUNK
 from qdora_jax.model import Decoder, ModelConfig, Remat, init_cache
 from qdora_jax.sharding import AXES, shardings
+from qdora_jax.sight import best_chunk
 from qdora_jax.specs import TAKEN, AdapterSpec, QuantSpec
 from qdora_jax.transforms import adapted_norms, attach, norms, quantize
 
@@ -49,7 +51,7 @@ class Job:
     microbatches: as in `train.make_step`.
     learned: tokens per example that the loss is taken on; None: all.
     dtype: of products, activations and of what stays unquantized.
-    remat: as in `Decoder`.
+    remat, attention: as in `Decoder`.
     optimizer: any optax transformation; AdamW if None.
     paged: whether its state waits in the host's memory.
     data, fsdp, tensor: sizes of the mesh.
@@ -64,6 +66,7 @@ class Job:
   learned: int | None = None
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   remat: Remat = 'block'
+  attention: Form = 'auto'
   optimizer: optax.GradientTransformation | None = None
   paged: bool = False
   data: int = 1
@@ -218,7 +221,9 @@ def activations(job: Job) -> tuple[int, int]:
 def _kept(job: Job) -> tuple[int, int]:
   """`activations` of a job on one device."""
   made = trees(job)
-  model = Decoder(job.model, jnp.dtype(job.dtype), job.remat)
+  model = Decoder(
+    job.model, jnp.dtype(job.dtype), job.remat, attention=job.attention
+  )
   dropout = job.adapter is not None and job.adapter.dropout > 0
 
   def forward(trained, base, fixed, tokens):
@@ -258,6 +263,9 @@ _WIDE = {'full': (0, 5), 'lora': (4, 9), 'dora': (4, 7)}
 # Arrays [H, L, L] of float32: what the backward pass of attention makes of the
 # scores, and how many of them wait for it while the feed-forward's runs.
 _SCORES, _WAITING = 4, 3
+# Arrays [tokens, H Dh] of float32 that attention in chunks has instead: queries
+# in chunks, and the sums that become their gradients.
+_CHUNKED = 2
 # Arrays [tokens, D]: norms' outputs, queries, residual sums, their gradients.
 _NARROW = 9
 
@@ -287,6 +295,9 @@ def workspace(job: Job) -> int:
   wide = job.tokens * -(-c.ff // ways) * (f32 * FLOAT + narrow * job.width)
   scores = attention_scores(job)
   rest = job.tokens * c.width * _NARROW * job.width
+  if in_chunks(job):
+    heads = -(-c.heads // ways)
+    rest += job.tokens * heads * c.head_dim * _CHUNKED * FLOAT
   # Gate and up, multiplied with at about the same time.
   dense = 2 * c.width * -(-c.ff // ways) * job.width
   unfactored = 0
@@ -300,9 +311,21 @@ def workspace(job: Job) -> int:
 
 
 def attention_scores(job: Job) -> int:
-  """Bytes of one layer's float32 scores, [B, H, L, L] on one device."""
+  """Bytes of what of one layer's float32 scores is there at once, on a device.
+
+  [B, H, L, L] in the plain form, [B, H, chunk, chunk] in chunks. (What cuDNN
+  does without is not taken off.)
+  """
   heads = -(-job.model.heads // job.tensor)
-  return job.rows * heads * job.seq_len**2 * FLOAT
+  side = min(best_chunk(), job.seq_len) if in_chunks(job) else job.seq_len
+  return job.rows * heads * side**2 * FLOAT
+
+
+def in_chunks(job: Job) -> bool:
+  """Whether attention makes its scores a chunk at a time."""
+  if job.attention == 'auto':
+    return best(job.seq_len, job.seq_len) == 'flash'
+  return job.attention == 'flash'
 
 
 def logits(job: Job) -> int:

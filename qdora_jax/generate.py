@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qdora_jax.attention import NOWHERE
 from qdora_jax.linear import by_row
 from qdora_jax.model import Decoder, init_cache
 from qdora_jax.sharding import gather
+from qdora_jax.sight import NOWHERE
 
 
 def generate(

@@ -27,12 +27,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from qdora_jax.attention import NOWHERE, attention, visible
+from qdora_jax.attention import Form, attention
 from qdora_jax.dora import NORM
 from qdora_jax.linear import PRODUCT, linear
 from qdora_jax.lora import LOW
 from qdora_jax.rope import Rope, angles, rotate
 from qdora_jax.sharding import by_batch
+from qdora_jax.sight import ALL, NOWHERE, look
 
 Remat = Literal['none', 'dots', 'block', 'offload']
 Activation = Literal['silu', 'gelu', 'gelu_tanh']
@@ -158,9 +159,10 @@ class Attention(nn.Module):
   """Grouped-query attention with rotary positions."""
 
   config: ModelConfig
+  form: Form = 'auto'
 
   @nn.compact
-  def __call__(self, x_BxLxD, turns, mask, cache):
+  def __call__(self, x_BxLxD, turns, sight, cache):
     c = self.config
     *batch, width = x_BxLxD.shape
     whole, each = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -186,7 +188,7 @@ class Attention(nn.Module):
     if cache is not None:
       new = {'k': k.astype(cache['k'].dtype), 'v': v.astype(cache['v'].dtype)}
       k, v = (_write(cache[n], new[n], 1, cache['index']) for n in ('k', 'v'))
-    y = attention(q, k, v, mask, c.attn_scale, c.attn_softcap)
+    y = attention(q, k, v, sight, c.attn_scale, c.attn_softcap, self.form)
     return Linear(width, c.o_bias, name='o')(y.reshape(*batch, -1)), new
 
 
@@ -218,18 +220,20 @@ class MLP(nn.Module):
 class Block(nn.Module):
   """One layer, as nn.scan wants it: (x, ...) -> (x, new keys and values).
 
-  `turns` and `masks` are those of every kind of layer in the model, `kind` says
-  which is this one's.
+  `turns` and `sights` are those of every kind of layer in the model, stacked;
+  `kind` says which is this one's.
   """
 
   config: ModelConfig
   mesh: Mesh | None = None
+  form: Form = 'auto'
 
   @nn.compact
-  def __call__(self, x_BxLxD, turns, masks, kind, cache):
+  def __call__(self, x_BxLxD, turns, sights, kind, cache):
     c = self.config
     x_BxLxD = checkpoint_name(by_batch(x_BxLxD, self.mesh), _BLOCK_INPUT)
-    turn, mask = (a[0] if kind is None else a[kind] for a in (turns, masks))
+    own = 0 if kind is None else kind
+    turn, sight = jax.tree.map(lambda a: a[own], (turns, sights))
 
     def norm(y: jax.Array, name: str, where: str) -> jax.Array:
       if c.norms not in (where, 'both'):
@@ -237,7 +241,7 @@ class Block(nn.Module):
       return RMSNorm(c, name=name)(y)
 
     y = norm(x_BxLxD, 'attn_norm', 'pre')
-    y, new = Attention(c, name='attn')(y, turn, mask, cache)
+    y, new = Attention(c, self.form, name='attn')(y, turn, sight, cache)
     y = norm(y, 'attn_post_norm', 'post')
     x_BxLxD = x_BxLxD + c.residual_scale * y
     # A name of its own: Hugging Face's post_attention_layernorm is this norm
@@ -259,12 +263,14 @@ class Decoder(nn.Module):
       alone, 'offload' the same, waiting in the host's memory. DoRA's norms, a
       number an output, are kept by all.
     mesh: activations are split over it by their rows; None leaves it to XLA.
+    attention: its form; 'auto' takes the best for length, dtype and device.
   """
 
   config: ModelConfig
   dtype: Any = jnp.float32
   remat: Remat = 'block'
   mesh: Mesh | None = None
+  attention: Form = 'auto'
 
   def setup(self):
     c = self.config
@@ -279,7 +285,7 @@ class Decoder(nn.Module):
       split_rngs={'params': True},
       in_axes=(nn.broadcast, nn.broadcast, 0, 0),
       length=c.layers,
-    )(c, self.mesh)
+    )(c, self.mesh, self.attention)
     self.final_norm = RMSNorm(c)
     if not c.tied:
       self.lm_head = Linear(c.vocab)
@@ -327,8 +333,15 @@ class Decoder(nn.Module):
     turns = [
       angles(kind.rope, positions_BxL, longest, segments_BxL) for kind in kinds
     ]
-    masks = [
-      visible(positions_BxL, keys, segments_BxL, segments_BxL, kind.window)
+    windowed = any(kind.window for kind in kinds)
+    sights = [
+      look(
+        positions_BxL,
+        keys,
+        segments_BxL,
+        segments_BxL,
+        kind.window or (ALL if windowed else None),
+      )
       for kind in kinds
     ]
     kind = None
@@ -336,7 +349,8 @@ class Decoder(nn.Module):
       kind = jnp.asarray([kinds.index(k) for k in c.kinds])
     x = self.embed(tokens_BxL).astype(self.dtype)
     x = x * jnp.asarray(c.embed_scale, x.dtype)
-    x, new = self.layers(x, jnp.stack(turns), jnp.stack(masks), kind, kv)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *sights)
+    x, new = self.layers(x, jnp.stack(turns), stacked, kind, kv)
     if cache is not None:
       # Written once for all layers: in a loop, in place.
       cache = {

@@ -229,6 +229,7 @@ def of_run(
     t.microbatches,
     dtype=config.model.dtype,
     remat=config.model.remat,
+    attention=config.model.attention,
     optimizer=optim.from_config(config.optim, config.optim.lr),
     paged=config.optim.paged == 'host' if paged is None else paged,
     data=m.data,

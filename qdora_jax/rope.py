@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qdora_jax.attention import NOWHERE
+from qdora_jax.sight import NOWHERE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,17 +182,26 @@ def angles(
   if rope.beyond:
     far = jnp.asarray(rope.long, jnp.float32)[None, None]
     if length is None:
-      real = jnp.where(positions_BxL < NOWHERE, positions_BxL, 0)[:, None, :]
-      if segments_BxL is not None:
-        own = segments_BxL[:, :, None] == segments_BxL[:, None, :]
-        real = jnp.where(own, real, 0)
-      is_long = jnp.max(real, axis=2, keepdims=True) >= rope.beyond
+      real = jnp.where(positions_BxL < NOWHERE, positions_BxL, 0)
+      if segments_BxL is None:
+        last = jnp.max(real, axis=1, keepdims=True)
+      else:
+        last = jax.vmap(_last)(real, segments_BxL)
+      is_long = last[..., None] >= rope.beyond
     else:
       is_long = length > rope.beyond
     frequency = jnp.where(is_long, far, frequency)
   angle = positions_BxL[..., None].astype(jnp.float32) * frequency
   cos_sin = jnp.stack([jnp.cos(angle), jnp.sin(angle)])
   return rope.amplitude * cos_sin[..., None, :]
+
+
+def _last(positions_L: jax.Array, segments_L: jax.Array) -> jax.Array:
+  """The largest position of each token's own segment, [L]."""
+  # Any numbers may name segments: a segment's place among them all is below L.
+  own_L = jnp.searchsorted(jnp.sort(segments_L), segments_L)
+  size = len(own_L)
+  return jax.ops.segment_max(positions_L, own_L, num_segments=size)[own_L]
 
 
 def rotate(x_BxLxHxDh: jax.Array, angles: jax.Array) -> jax.Array:

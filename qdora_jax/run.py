@@ -81,6 +81,7 @@ class Run:
       remat=config.model.remat,
       key=jax.random.key(config.seed),
     )
+    model = model.clone(attention=config.model.attention)
     if tokenizer is None or tokenizer.eos_token_id is None:
       raise ValueError(
         f'{config.model.name} has no tokenizer with an end-of-text token; '

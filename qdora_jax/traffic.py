@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from qdora_jax import paths
 from qdora_jax.devices import Device
-from qdora_jax.footprint import Job, activations, share, trees
+from qdora_jax.footprint import Job, activations, in_chunks, share, trees
 from qdora_jax.sharding import shardings
 
 USES = 2
@@ -96,7 +96,9 @@ def flops(job: Job) -> float:
 
   A product is made once forward and once for its input's gradient, once for its
   weight's where that is trained, and once more where remat makes it again.
-  Attention is counted as it is computed here: every query with every key.
+  Attention is counted as it is computed here: in the plain form every query
+  with every key; in chunks, of one text a row, half of that, and scores once
+  more on the way back.
   """
   c, made = job.model, trees(job)
   again = job.remat in ('block', 'offload')
@@ -112,7 +114,10 @@ def flops(job: Job) -> float:
   )
   per_token += 2 * thin * (3 + (job.remat != 'none'))
   scores = 4 * job.seq_len * c.heads * c.head_dim * c.layers
-  per_token += scores * (3 + (job.remat != 'none'))
+  passes = 3 + (job.remat != 'none')
+  per_token += (
+    (passes + 0.5) / 2 * scores if in_chunks(job) else passes * scores
+  )
   tokens = job.batch * job.seq_len
   learned = job.batch * (job.learned or job.seq_len)
   head = 2 * c.width * c.vocab * (2 + full) * learned

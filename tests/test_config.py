@@ -9,6 +9,7 @@ import tiny
 from qdora_jax import AdapterSpec, QuantSpec
 from qdora_jax.config import (
   AdapterSection,
+  ModelSection,
   OptimSection,
   RunConfig,
   TrainSection,
@@ -112,6 +113,7 @@ def test_a_missing_key_is_named(key):
   [
     ('model.dtype', 'bfloat16'),
     ('model.remat', 'block'),
+    ('model.attention', 'flash'),
     ('quant.format', 'nf4'),
     ('adapter.method', 'dora'),
     ('optim.schedule', 'cosine'),
@@ -198,12 +200,14 @@ def test_a_folder_of_an_earlier_version_is_the_same_run():
   """Keys added since mean what was done before there were any."""
   values = tiny.config('model')
   sections = {
+    'model': ModelSection,
     'adapter': AdapterSection,
     'train': TrainSection,
     'optim': OptimSection,
   }
   added = {name: later(section) for name, section in sections.items()}
   assert added == {
+    'model': {'attention': 'auto'},
     'adapter': {'init': 'kaiming', 'projection_seed': 0},
     'train': {'keep_last': 2, 'keep_best': 0, 'ignore_plan': False},
     'optim': {'paged': 'none'},

@@ -17,7 +17,7 @@ FLOORS = {
   # Evaluation is used by the training story, so it stands on its floor.
   4: ('cli',),
 }
-FLOORS[2] += ('placement',)
+FLOORS[2] += ('placement', 'sight', 'flash')
 FLOORS[3] += ('loss', 'train', 'generate', 'evaluate', 'report')
 FLOORS[3] += ('folder', 'run', 'finetune', 'processes')
 FLOORS[3] += ('paged', 'adam8bit')

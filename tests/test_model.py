@@ -13,9 +13,9 @@ import tiny
 from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import AdapterSpec, QuantSpec, attach, init_adapter, paths
-from qdora_jax.attention import NOWHERE, visible
 from qdora_jax.model import Block, Decoder, RMSNorm, init_cache
 from qdora_jax.rope import angles
+from qdora_jax.sight import NOWHERE, look
 
 TOLERANCE = 1e-5
 
@@ -194,11 +194,11 @@ def test_the_scan_is_a_loop_over_blocks(qdora):
   ids = tokens(5, 2, 8)
   places = jnp.broadcast_to(jnp.arange(8)[None], (2, 8))
   turns = angles(c.kinds[0].rope, places)[None]
-  masks = visible(places, places)[None]
+  sights = jax.tree.map(lambda a: a[None], look(places, places))
 
   @jax.jit
   def block(layer, x):
-    return Block(c).apply({'params': layer}, x, turns, masks, None, None)[0]
+    return Block(c).apply({'params': layer}, x, turns, sights, None, None)[0]
 
   x = params['embed']['embedding'][ids]
   for n in range(c.layers):

@@ -48,6 +48,9 @@ SHAPES = {
   'wide': (decoder(ff=1600), 2, 112),
   'long': (decoder(), 2, 416),
   'words': (decoder(30000, 320, 2), 2, 128),
+  # Attention in chunks.
+  'longer': (decoder(), 2, 1024),
+  'narrow': (decoder(ff=192), 1, 2048),
 }
 
 
@@ -75,7 +78,7 @@ def compiled_memory(job: Job):
   return step.lower(*args).compile().memory_analysis()
 
 
-PLAIN = [('lora', 'dots', 'long')]
+PLAIN = [('lora', 'dots', 'long'), ('dora', 'block', 'longer')]
 # Every method and policy; every shape for two of them.
 SLOW = [
   *((method, 'block', 'wide') for method in METHODS),
@@ -84,6 +87,13 @@ SLOW = [
   ('full', 'dots', 'words'),
   ('dora', 'dots', 'wide'),
   ('qdora', 'offload', 'long'),
+  *((method, 'block', 'longer') for method in ('full', 'lora', 'qdora')),
+  ('full', 'dots', 'longer'),
+  ('full', 'none', 'longer'),
+  ('lora', 'dots', 'longer'),
+  ('qdora', 'none', 'longer'),
+  ('dora', 'block', 'narrow'),
+  ('qdora', 'block', 'narrow'),
 ]
 
 
@@ -265,9 +275,16 @@ def test_llama_3_on_small_cards():
 
 
 def test_32k_tokens_are_planned():
+  """They fit: no scores are whole, and what is there grows with the tokens."""
   made = plan(published('llama-3-8b', seq_len=32768))
-  # 32 heads' scores of 32k x 32k are made whole: the plan says so.
-  assert 'one layer of attention scores' in str(made)
+  assert fits(made, devices.find('h100').usable)
+  assert 'attention scores' not in str(made)
+  half = plan(published('llama-3-8b', seq_len=16384))
+  assert made.memory['workspace'] < 2 * half.memory['workspace']
+  # Whole, they do not: 32 heads' scores of 32k x 32k.
+  job = published('llama-3-8b', seq_len=32768, attention='plain')
+  made = plan(job)
+  assert '(one layer of attention scores)' in str(made)
   assert made.memory['workspace'] > 4 * 32 * 32768**2 * 4
 
 

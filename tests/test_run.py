@@ -417,8 +417,10 @@ def test_a_run_without_a_checkpoint_is_not_loaded(train, tmp_path, monkeypatch):
 def test_training_starts_from_the_base(train, tmp_path):
   """The tree before the first step is the base, bit for bit in its logits."""
   tiny.write(tmp_path / 'model')
-  config = tiny.run_config(tmp_path / 'model', **{'quant.format': 'none'})
+  changes = {'quant.format': 'none', 'model.attention': 'plain'}
+  config = tiny.run_config(tmp_path / 'model', **changes)
   opened = run.Run.open(config, tmp_path / 'run')
+  assert opened.model.attention == 'plain'
   ids = jnp.arange(8)[None]
   model, base, _ = tiny.loaded()
   apply = jax.jit(lambda p: model.apply({'params': p}, ids))

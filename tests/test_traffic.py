@@ -147,3 +147,21 @@ backend_config={"known_trip_count":{"n":"5"}}
     traffic.Moved('all-reduce', 'u8', (5,), 1, False),
     traffic.Moved('all-gather', 'f32', (8, 4), 5, False),
   ]
+
+
+def test_a_loop_of_unknown_length_may_move_nothing():
+  """Attention in chunks has one: over those that see each other."""
+  program = """
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %d = f32[8,4]{1,0} dot(%x, %y)
+}
+%cond (p: (s32[], f32[4])) -> pred[] {
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%cond, body=%body
+}
+"""
+  assert traffic.moved(program) == []
+  program = program.replace('dot(%x, %y)', 'all-gather(%x), dimensions={1}')
+  with pytest.raises(ValueError, match='unknown length moves something'):
+    traffic.moved(program)

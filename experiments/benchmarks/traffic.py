@@ -83,20 +83,22 @@ def moved(program: str) -> list[Moved]:
       entry = match[2] if match[1] else entry
     lines.append(line.strip())
   times: collections.Counter[str] = collections.Counter()
+  uncounted: dict[str, str] = {}
 
-  def visit(name: str, count: int) -> None:
+  def visit(name: str, count: int, within: str = '') -> None:
     times[name] += count
+    if within:
+      uncounted[name] = within
     for line in bodies[name]:
-      loop = 1
+      loop, unknown = 1, within
       if ' while(' in line:
         known = re.search(r'known_trip_count\D*(\d+)', line)
-        if known is None:
-          raise ValueError(f'a loop of unknown length: {line[:80]}')
-        loop = int(known[1])
+        loop = int(known[1]) if known else 1
+        unknown = within if known else line
       called = r'(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)'
       for callee in re.findall(called, line):
         if callee in bodies:
-          visit(callee, count * loop)
+          visit(callee, count * loop, unknown)
 
   visit(entry, 1)
   found = []
@@ -105,6 +107,10 @@ def moved(program: str) -> list[Moved]:
       match = re.search(rf' ({"|".join(KINDS)})(-start)?\(', line)
       if match is None or '=' not in line[: match.start()]:
         continue
+      if name in uncounted:
+        raise ValueError(
+          f'a loop of unknown length moves something: {uncounted[name][:80]}'
+        )
       arrays = _ARRAY.findall(line[: match.start()].split('=', 1)[1])
       if match[2]:
         arrays = arrays[len(arrays) // 2 :]  # (operands, results)

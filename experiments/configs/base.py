@@ -17,6 +17,10 @@ def get_config() -> ml_collections.ConfigDict:
   # products, 'block' the layers' inputs alone, 'offload' these in the host's
   # memory.
   config.model.remat = 'block'
+  # 'auto': cuDNN's where there is one, else all scores at once for short texts
+  # and a chunk of them at a time for long ones; 'plain' and 'flash' are the
+  # latter two at any length.
+  config.model.attention = 'auto'
 
   # Without convert_dict, what is written {...} stays an ordinary dict, and its
   # keys may hold dots.
