@@ -218,6 +218,7 @@ def _fit(run: Run, batches: Batches) -> train.Fitted:
     keep_best=config.train.keep_best,
     identity=run.identity,
     callbacks=[functools.partial(_watch, run)] if config.eval.every else [],
+    call_every=config.eval.every or 1,
     max_skipped=config.train.max_skipped,
     donate=True,
     paged=config.optim.paged,
@@ -234,8 +235,6 @@ def _watch(
     return None
   # After the last step all of it is evaluated, but for comparison.
   if step == c.train.steps and not c.train.keep_best:
-    return None
-  if step % c.eval.every and step != c.train.steps:
     return None
   params = run.params(trained)
   seen: dict[str, Any] = {'held_out_loss': run.held_out_loss(params)}

@@ -4,6 +4,7 @@ Nothing here knows of configs or run folders (`run.py` does): `fit` takes plain
 values, any iterable of batches, and callbacks.
 """
 
+import collections
 import contextlib
 import signal
 import threading
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from qdora_jax import optim, processes
@@ -151,12 +153,17 @@ def fit(
   keep_best: int = 0,
   identity: Mapping[str, str] | None = None,
   callbacks: Sequence[Callback] = (),
+  call_every: int = 1,
   max_skipped: int = 5,
   donate: bool = False,
   paged: Paged = 'none',
   room: int | None = None,
 ) -> Fitted:
   """Trains a tree on batches.
+
+  A step is waited for when the next one has begun, so that devices never wait
+  for what the host does with its results; but for steps after which what is
+  trained is looked at: those of callbacks, of checkpoints and the last.
 
   Args:
     model: the decoder.
@@ -178,12 +185,15 @@ def fit(
     keep_best: but for so many of those with the lowest held_out_loss, which a
       callback gave; what has one is saved, too.
     identity: what a checkpoint must belong to, {what it is: value}.
-    callbacks: each is called as f(step, row, trained) after every step; row is
-      what will be logged, and a mapping that it returns is logged too.
+    callbacks: each is called as f(step, row, trained) after every step, or as
+      often as call_every says; row is what will be logged, and a mapping that
+      it returns is logged too.
       `trained` is valid until the next step, which takes its memory: copy what
       you keep (`jax.tree.map(jnp.copy, trained)`). Raising StopIteration ends
       the training early. Of many processes each calls its own, and they do the
       same.
+    call_every: steps between calls of the callbacks; after the last step they
+      are called, too. With 1 every step is waited for.
     max_skipped: steps in a row that may be skipped for not being finite.
     donate: gives away the memory of `trained`, instead of copying it.
     paged: 'host' keeps the optimizer's state in the host's memory, 'auto' what
@@ -230,7 +240,27 @@ def fit(
   step = make_step(model, transformation, microbatches, like)
   fixed = jax.jit(norms)(base, state['trained'])
   rng = jax.random.wrap_key_data(state['rng'])
+  still = jnp.int32(skipped)
+  still = still if mesh is None else shard(still, mesh)
   rows: list[dict[str, Any]] = []
+  # Steps that were begun and not yet logged: at most two.
+  running: collections.deque[Any] = collections.deque()
+  in_a_row = 0
+
+  @jax.jit
+  def noted(seen: Any, n: Any, still: Any) -> Any:
+    """What is logged; made on the device, where nothing waits for it."""
+    # A step that was skipped did not move the schedule on.
+    lr = jnp.float32(rate(n - still))
+    return {**seen, 'lr': lr}, still + ~seen['finite']
+
+  def called(n: int) -> bool:
+    return bool(callbacks) and (n % call_every == 0 or n == steps)
+
+  def due(n: int) -> bool:
+    """Whether what is trained is looked at after step n."""
+    saved = checkpoints is not None and n % save_every == 0
+    return saved or called(n) or n == steps
 
   def save(n: int, held_out_loss: float | None = None) -> None:
     if checkpoints is not None and checkpoints.latest() != n:
@@ -238,7 +268,40 @@ def fit(
       meta |= {'log': log.position(), 'held_out_loss': held_out_loss}
       checkpoints.save(n, state, meta)
 
-  in_a_row = 0
+  def settle(late: int) -> bool:
+    """Waits for the steps begun, but the last few; whether a callback ends."""
+    nonlocal began, in_a_row, skipped
+    ends = False
+    while len(running) > late:
+      n, tokens, seen = running.popleft()
+      seen = jax.device_get(seen)
+      finite = bool(seen['finite'])
+      skipped += not finite
+      in_a_row = 0 if finite else in_a_row + 1
+      before, began = began, time.perf_counter()
+      row = {
+        'step': n,
+        'loss': float(seen['loss']) if finite else None,
+        'lr': _shortest(seen['lr']),
+        'grad_norm': float(seen['grad_norm']) if finite else None,
+        'tokens': int(tokens),
+        'skipped': skipped,
+        'seconds': began - before,
+        'tokens_per_second': int(tokens) / (began - before),
+        'memory_bytes': peak_memory(),
+      }
+      try:
+        for callback in callbacks if called(n) else ():
+          row |= callback(n, row, state['trained']) or {}
+      except StopIteration:
+        ends = True
+      log.write(row)
+      rows.append(row)
+      progress.show(n, row)
+      if in_a_row >= max_skipped:
+        raise NotFiniteError(_persistent(n, in_a_row, checkpoints))
+    return ends
+
   with contextlib.ExitStack() as stack:
     # First: a second signal does not end the writing of what is saved.
     stopped = stack.enter_context(_signals(checkpoints is not None))
@@ -248,61 +311,42 @@ def fit(
     path = workdir / 'metrics.jsonl' if logged else None
     log = stack.enter_context(Log(path, position))
     progress = stack.enter_context(Progress(start, steps))
-    for n in range(start, steps):
-      began = time.perf_counter()
+    began = time.perf_counter()
+    for n in range(start + 1, steps + 1):
       batch = next(source, None)
       if batch is None:
-        print(f'the data ended after {n} of {steps} steps', flush=True)
-        if n:
-          save(n)
+        settle(0)
+        print(f'the data ended after {n - 1} of {steps} steps', flush=True)
+        if n > 1:
+          save(n - 1)
         break
-      tokens = int((batch['segments'] > 0).sum())
+      tokens = (batch['segments'] > 0).sum()
       if mesh is not None:
         batch = shard_batch(batch, mesh)
       state['trained'], state['optimizer'], seen = step(
         *(state['trained'], state['optimizer'], base, fixed, batch),
-        jax.random.fold_in(rng, n),
+        jax.random.fold_in(rng, n - 1),
       )
-      seen = jax.device_get(seen)
-      finite = bool(seen['finite'])
-      # A step that was skipped did not move the schedule on.
-      now = float(rate(n - skipped))
-      skipped += not finite
-      in_a_row = 0 if finite else in_a_row + 1
-      seconds = time.perf_counter() - began
-      row = {
-        'step': n + 1,
-        'loss': float(seen['loss']) if finite else None,
-        'lr': now,
-        'grad_norm': float(seen['grad_norm']) if finite else None,
-        'tokens': tokens,
-        'skipped': skipped,
-        'seconds': seconds,
-        'tokens_per_second': tokens / seconds,
-        'memory_bytes': peak_memory(),
-      }
-      try:
-        for callback in callbacks:
-          row |= callback(n + 1, row, state['trained']) or {}
-        ended = None
-      except StopIteration:
-        ended = 'a callback'
-      log.write(row)
-      rows.append(row)
-      progress.show(n + 1, row)
-      if in_a_row >= max_skipped:
-        raise NotFiniteError(_persistent(n + 1, in_a_row, checkpoints))
-      told = stopped()  # Every process asks.
+      seen, still = noted(seen, n - 1, still)
+      running.append((n, tokens, seen))
+      # One step late, so that the device always has the next one.
+      ended = 'a callback' if settle(0 if due(n) else 1) else None
+      told = stopped(due(n))  # Every process asks.
       ended = ended or told
-      held_out = row['held_out_loss'] if 'held_out_loss' in row else None
+      if ended:
+        settle(0)
+      held_out = None
+      if not running and 'held_out_loss' in rows[-1]:
+        held_out = rows[-1]['held_out_loss']
       rated = keep_best and held_out is not None
-      if ended or rated or (n + 1) % save_every == 0 or n + 1 == steps:
-        save(n + 1, held_out)
+      if ended or rated or due(n):
+        save(n, held_out)
+        began = time.perf_counter()
       if ended == 'a callback':
-        print(f'a callback ended the training after step {n + 1}', flush=True)
+        print(f'a callback ended the training after step {n}', flush=True)
         break
       if ended:
-        raise Stopped(n + 1, ended)
+        raise Stopped(n, ended)
   return Fitted(state['trained'], rows)
 
 
@@ -343,12 +387,14 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _signals(active: bool) -> Iterator[Callable[[], str | None]]:
+def _signals(active: bool) -> Iterator[Callable[[bool], str | None]]:
   """Notes SIGTERM and SIGINT while a step runs; a second SIGINT interrupts.
 
-  What is noted by one of many processes is told to all.
+  What is noted by one of many processes is told to all: at once, or when they
+  ask again, which waits for nothing that was begun since.
   """
   noted: list[int] = []
+  telling: collections.deque[Any] = collections.deque()
   # Only the main thread can be told of signals.
   active = active and threading.current_thread() is threading.main_thread()
   before = {}
@@ -358,8 +404,12 @@ def _signals(active: bool) -> Iterator[Callable[[], str | None]]:
       raise KeyboardInterrupt
     noted.append(number)
 
-  def asked() -> str | None:
-    number = processes.agree(noted[0] if noted else 0)
+  def asked(at_once: bool) -> str | None:
+    telling.append(processes.largest(noted[0] if noted else 0))
+    at_once |= jax.process_count() == 1
+    number = 0
+    while len(telling) > (0 if at_once else 1):
+      number = max(number, int(telling.popleft()))
     return signal.Signals(number).name if number else None
 
   if active:
@@ -370,6 +420,11 @@ def _signals(active: bool) -> Iterator[Callable[[], str | None]]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+def _shortest(number: Any) -> float:
+  """A float32 as it is written: .0002, not .00019999999494757503."""
+  return float(str(np.float32(number)))
 
 
 def _position(source: Iterator[Batch]) -> Any:
