@@ -57,7 +57,9 @@ def attention(
   Returns:
     [B, L, H, Dh] in q's dtype.
   """
-  if softcap is None:
+  # XLA's CPU products are none of those that jax.nn asks for in float16.
+  half = q_BxLxHxDh.dtype == jnp.float16 and jax.default_backend() == 'cpu'
+  if softcap is None and not half:
     return jax.nn.dot_product_attention(
       q_BxLxHxDh, k_BxSxKxDh, v_BxSxKxDh, mask=mask_Bx1xLxS, scale=scale
     )
@@ -67,7 +69,11 @@ def attention(
   scores = jnp.einsum(
     'blkgd,bskd->bkgls', q, k_BxSxKxDh, preferred_element_type=jnp.float32
   )
-  scores = softcap * jnp.tanh(scores * ((scale or dh**-0.5) / softcap))
+  scale = scale or dh**-0.5
+  if softcap is None:
+    scores *= scale
+  else:
+    scores = softcap * jnp.tanh(scores * (scale / softcap))
   scores = jnp.where(mask_Bx1xLxS[:, :, None], scores, jnp.finfo(scores).min)
   share = jax.nn.softmax(scores, axis=-1).astype(v_BxSxKxDh.dtype)
   y = jnp.einsum('bkgls,bskd->blkgd', share, v_BxSxKxDh)

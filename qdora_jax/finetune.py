@@ -17,7 +17,7 @@ from qdora_jax.config import RunConfig
 from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
 from qdora_jax.metrics import peak_memory, read_log
-from qdora_jax.run import Run
+from qdora_jax.run import Run, settled
 from qdora_jax.sharding import gather
 
 Tree = dict[str, Any]
@@ -41,6 +41,7 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
     OSError: if it cannot be written.
   """
   workdir = Path(workdir)
+  config = settled(config, workdir)
   folder.check(config, workdir)
   began = time.perf_counter()
   # What takes least goes first: bad data is found before a model is loaded.
@@ -117,6 +118,7 @@ def _summary(
   seconds = sorted(row['seconds'] for row in rows)
   tokens = sum(row['tokens'] for row in rows)
   rated = [row for row in rows if 'held_out_loss' in row]
+  scaled = 'overflowed' in rows[-1]
   best = min(rated, key=lambda row: row['held_out_loss'], default=None)
   if best is not None and run.config.train.keep_best:
     best = {key: best[key] for key in ('step', 'held_out_loss')}
@@ -127,6 +129,8 @@ def _summary(
     # What --checkpoint best takes.
     'best_checkpoint': best,
     'skipped_steps': rows[-1]['skipped'],
+    # Of a run in float16: steps that only lowered the loss scale.
+    'overflowed_steps': rows[-1]['overflowed'] if scaled else None,
     'tokens': tokens,
     # The first step compiles: the median is what a step takes.
     'seconds_per_step': round(seconds[len(seconds) // 2], 3),
@@ -157,7 +161,7 @@ def _show_results(
     best = max(before)
     gain = 100 * (scores[AFTER].interval[0] - best)
     print(f'gain beyond both intervals: {gain:.1f} points')
-  skipped = summary['skipped_steps']
+  skipped, overflowed = summary['skipped_steps'], summary['overflowed_steps']
   if best := summary['best_checkpoint']:
     print(
       f'the best checkpoint is of step {best["step"]}, held-out loss '
@@ -166,6 +170,7 @@ def _show_results(
   print(
     f'{summary["steps"]:,} steps, {summary["tokens"]:,} tokens, '
     + (f'{skipped} steps skipped (not finite), ' if skipped else '')
+    + (f'{overflowed} only lowered the loss scale, ' if overflowed else '')
     + f'{summary["tokens_per_second"]:.0f} tokens/s; '
     f'{report.duration(summary["seconds"])} in all, peak '
     f'{summary["peak_memory_bytes"] / 1e9:.2f} GB; results in {workdir}'

@@ -8,26 +8,25 @@ import collections
 import contextlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from qdora_jax import optim, processes
+from qdora_jax import optim, processes, scaling
 from qdora_jax import paged as paging
 from qdora_jax.adapter import Adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.data import Batch
 from qdora_jax.loss import summed_loss
-from qdora_jax.metrics import Log, Progress, peak_memory
+from qdora_jax.metrics import Log, Progress
 from qdora_jax.model import Decoder
 from qdora_jax.paged import Paged, is_paged
 from qdora_jax.sharding import BATCH, shard, shard_batch
+from qdora_jax.tally import Tally
 from qdora_jax.transforms import adapted_norms, attach, norms
 
 Tree = dict[str, Any]
@@ -44,7 +43,8 @@ def make_step(
 
   The loss is the mean over the learned tokens of the whole batch, however many
   microbatches and devices it is split over. If it or its gradient is not
-  finite, nothing moves. `trained` and `opt_state` are donated.
+  finite, nothing moves. `trained` and `opt_state` are donated. A last argument
+  may be a `scaling.LossScale`; what it becomes is then among what is returned.
 
   Args:
     model: the decoder.
@@ -63,8 +63,10 @@ def make_step(
   if mesh is not None:
     model = model.clone(mesh=mesh)
 
-  def step(trained, opt_state, base, norms, batch, key):
+  def step(trained, opt_state, base, norms, batch, key, scale=None):
     total = jnp.maximum(jnp.sum(batch['weights']), 1)
+    if scale is not None:
+      total /= scale.value
     if microbatches > 1 and _detached(trained):
       norms = adapted_norms(base, trained, norms)
 
@@ -85,12 +87,16 @@ def make_step(
       zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
       keys = jax.random.split(key, microbatches)
       (value, grads), _ = jax.lax.scan(accumulate, zero, (parts, keys))
+    if scale is not None:
+      value, grads = jax.tree.map(lambda a: a / scale.value, (value, grads))
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     trained, opt_state = paging.move(
       optimizer, trained, grads, opt_state, finite, value, shards
     )
     seen = {'loss': value, 'grad_norm': grad_norm, 'finite': finite}
+    if scale is not None:
+      seen |= {'loss_scale': scale.value, 'scale': scaling.after(scale, finite)}
     return trained, opt_state, seen
 
   if like is None:
@@ -204,7 +210,9 @@ def fit(
   Returns:
     The trained tree and the rows logged: step, loss (nats per learned token),
     lr, grad_norm, tokens (of the batch, without padding), skipped (steps so
-    far), seconds, tokens_per_second, memory_bytes.
+    far), seconds (since the step before was done), tokens_per_second,
+    memory_bytes; of a model that computes in float16 also loss_scale and
+    overflowed (steps so far that only lowered it).
 
   Raises:
     NotFiniteError: after max_skipped steps in a row without a finite loss and
@@ -220,8 +228,10 @@ def fit(
   transformation = optimizer(lr)
   if not donate:
     trained = jax.tree.map(lambda a: jnp.array(a, copy=True), trained)
-  state = initial_state(trained, transformation, seed, mesh, paged, room)
-  start, skipped, position, checkpoints = 0, 0, 0, None
+  state = initial_state(
+    trained, transformation, seed, mesh, paged, room, model.dtype
+  )
+  start, skipped, overflowed, position, checkpoints = 0, 0, 0, 0, None
   source = iter(batches)
   if workdir is not None:
     workdir = Path(workdir)
@@ -232,6 +242,7 @@ def fit(
         state, identity or {}, set_aside=True
       )
       skipped, position = meta['skipped'], meta['log']
+      overflowed = meta['overflowed'] if 'overflowed' in meta else 0
       _forward(source, meta['data'], start)
       print(f'continuing after step {start}', flush=True)
   like = (state['trained'], state['optimizer'])
@@ -240,67 +251,38 @@ def fit(
   step = make_step(model, transformation, microbatches, like)
   fixed = jax.jit(norms)(base, state['trained'])
   rng = jax.random.wrap_key_data(state['rng'])
-  still = jnp.int32(skipped)
-  still = still if mesh is None else shard(still, mesh)
   rows: list[dict[str, Any]] = []
-  # Steps that were begun and not yet logged: at most two.
-  running: collections.deque[Any] = collections.deque()
-  in_a_row = 0
-
-  @jax.jit
-  def noted(seen: Any, n: Any, still: Any) -> Any:
-    """What is logged; made on the device, where nothing waits for it."""
-    # A step that was skipped did not move the schedule on.
-    lr = jnp.float32(rate(n - still))
-    return {**seen, 'lr': lr}, still + ~seen['finite']
 
   def called(n: int) -> bool:
     return bool(callbacks) and (n % call_every == 0 or n == steps)
 
-  def due(n: int) -> bool:
-    """Whether what is trained is looked at after step n."""
-    saved = checkpoints is not None and n % save_every == 0
-    return saved or called(n) or n == steps
+  def saved(n: int) -> bool:
+    return n == steps or (checkpoints is not None and n % save_every == 0)
 
   def save(n: int, held_out_loss: float | None = None) -> None:
     if checkpoints is not None and checkpoints.latest() != n:
-      meta = {**(identity or {}), 'data': _position(source), 'skipped': skipped}
-      meta |= {'log': log.position(), 'held_out_loss': held_out_loss}
+      meta = {**(identity or {}), 'data': _position(source)}
+      meta |= {'skipped': tally.skipped, 'log': log.position()}
+      meta['held_out_loss'] = held_out_loss
+      if state['scale'] is not None:
+        meta['overflowed'] = tally.overflowed
       checkpoints.save(n, state, meta)
 
-  def settle(late: int) -> bool:
-    """Waits for the steps begun, but the last few; whether a callback ends."""
-    nonlocal began, in_a_row, skipped
-    ends = False
-    while len(running) > late:
-      n, tokens, seen = running.popleft()
-      seen = jax.device_get(seen)
-      finite = bool(seen['finite'])
-      skipped += not finite
-      in_a_row = 0 if finite else in_a_row + 1
-      before, began = began, time.perf_counter()
-      row = {
-        'step': n,
-        'loss': float(seen['loss']) if finite else None,
-        'lr': _shortest(seen['lr']),
-        'grad_norm': float(seen['grad_norm']) if finite else None,
-        'tokens': int(tokens),
-        'skipped': skipped,
-        'seconds': began - before,
-        'tokens_per_second': int(tokens) / (began - before),
-        'memory_bytes': peak_memory(),
-      }
+  def settle(late: int) -> str | None:
+    """Logs the steps begun, but so many of the last; who ends the training."""
+    ended = None
+    for row in tally.rows(late):
       try:
-        for callback in callbacks if called(n) else ():
-          row |= callback(n, row, state['trained']) or {}
+        for callback in callbacks if called(row['step']) else ():
+          row |= callback(row['step'], row, state['trained']) or {}
       except StopIteration:
-        ends = True
+        ended = 'a callback'
       log.write(row)
       rows.append(row)
-      progress.show(n, row)
-      if in_a_row >= max_skipped:
-        raise NotFiniteError(_persistent(n, in_a_row, checkpoints))
-    return ends
+      progress.show(row['step'], row)
+      if tally.in_a_row >= max_skipped:
+        raise NotFiniteError(_persistent(row, tally.in_a_row, checkpoints))
+    return ended
 
   with contextlib.ExitStack() as stack:
     # First: a second signal does not end the writing of what is saved.
@@ -311,7 +293,7 @@ def fit(
     path = workdir / 'metrics.jsonl' if logged else None
     log = stack.enter_context(Log(path, position))
     progress = stack.enter_context(Progress(start, steps))
-    began = time.perf_counter()
+    tally = Tally(rate, mesh, skipped, overflowed)
     for n in range(start + 1, steps + 1):
       batch = next(source, None)
       if batch is None:
@@ -325,23 +307,25 @@ def fit(
         batch = shard_batch(batch, mesh)
       state['trained'], state['optimizer'], seen = step(
         *(state['trained'], state['optimizer'], base, fixed, batch),
-        jax.random.fold_in(rng, n - 1),
+        *(jax.random.fold_in(rng, n - 1), state['scale']),
       )
-      seen, still = noted(seen, n - 1, still)
-      running.append((n, tokens, seen))
-      # One step late, so that the device always has the next one.
-      ended = 'a callback' if settle(0 if due(n) else 1) else None
-      told = stopped(due(n))  # Every process asks.
-      ended = ended or told
+      if 'scale' in seen:
+        state['scale'] = seen.pop('scale')
+      tally.begin(n, tokens, seen)
+      # The next step takes the memory of what is trained: who wants to look at
+      # it does so before.
+      in_step = saved(n) or called(n)
+      # Every process asks.
+      ended = settle(0 if in_step else 1) or stopped(in_step)
       if ended:
         settle(0)
-      held_out = None
-      if not running and 'held_out_loss' in rows[-1]:
-        held_out = rows[-1]['held_out_loss']
+      last = rows[-1] if not tally.waiting else {}
+      held_out = last['held_out_loss'] if 'held_out_loss' in last else None
       rated = keep_best and held_out is not None
-      if ended or rated or due(n):
+      if ended or rated or saved(n):
         save(n, held_out)
-        began = time.perf_counter()
+      if not tally.waiting:
+        tally.rest()
       if ended == 'a callback':
         print(f'a callback ended the training after step {n}', flush=True)
         break
@@ -357,6 +341,7 @@ def initial_state(
   mesh: jax.sharding.Mesh | None = None,
   paged: Paged = 'none',
   room: int | None = None,
+  dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
   """What a checkpoint holds, before the first step; placed on the mesh.
 
@@ -367,15 +352,17 @@ def initial_state(
     mesh: from `make_mesh`.
     paged: which of the state is made in the host's memory, see `fit`.
     room: see `fit`.
+    dtype: the model's, of its products; float16 has a loss scale.
   """
   rng = jax.random.key_data(jax.random.key(seed))
+  scale = scaling.start() if jnp.dtype(dtype) == jnp.float16 else None
   if mesh is not None:
-    trained, rng = shard(trained, mesh), shard(rng, mesh)
+    trained, rng, scale = (shard(tree, mesh) for tree in (trained, rng, scale))
   elif paged != 'none':
     # Told where it is: what a step returns is, and would be another program's.
     trained = jax.tree.map(lambda a: jax.device_put(a, a.sharding), trained)
   state = paging.initial(optimizer, trained, mesh, paged, room)
-  return {'trained': trained, 'optimizer': state, 'rng': rng}
+  return {'trained': trained, 'optimizer': state, 'rng': rng, 'scale': scale}
 
 
 class Stopped(KeyboardInterrupt):
@@ -422,11 +409,6 @@ def _signals(active: bool) -> Iterator[Callable[[bool], str | None]]:
       signal.signal(number, handler)
 
 
-def _shortest(number: Any) -> float:
-  """A float32 as it is written: .0002, not .00019999999494757503."""
-  return float(str(np.float32(number)))
-
-
 def _position(source: Iterator[Batch]) -> Any:
   """Where a grain iterator stands; of others only their steps are known."""
   return source.get_state() if hasattr(source, 'get_state') else None
@@ -441,15 +423,21 @@ def _forward(source: Iterator[Batch], position: Any, steps: int) -> None:
     next(source, None)
 
 
-def _persistent(step: int, count: int, checkpoints: Checkpoints | None) -> str:
+def _persistent(
+  row: Mapping[str, Any], count: int, checkpoints: Checkpoints | None
+) -> str:
   good = checkpoints and checkpoints.latest()
   where = (
     f'the last good checkpoint is {checkpoints.directory / str(good)}'
     if good
     else 'there is no checkpoint yet'
   )
+  half = (
+    "; or activations pass float16's end, 65504: set "
+    "config.model.dtype='float32'"
+  )
   return (
     f'loss or gradient not finite in {count} steps in a row, up to step '
-    f'{step}; {where}. Lower config.optim.lr, set config.optim.clip, or look '
-    f'at the data of these steps'
+    f'{row["step"]}; {where}. Lower config.optim.lr, set config.optim.clip, or '
+    f'look at the data of these steps{half if "loss_scale" in row else ""}'
   )
