@@ -138,7 +138,10 @@ def _summary(
     'peak_memory_bytes': peak_memory(),
     'trained_parameters': report.count(run.trained),
     'bytes': report.by_kind(run.base, run.trained),
-    'data': dataclasses.asdict(batches.counts),
+    'data': {
+      **dataclasses.asdict(batches.counts),
+      'filled': round(batches.counts.filled, 4),
+    },
     'held_out_rows': len(run.data.held_out),
     'devices': [device.device_kind for device in jax.devices()],
     'versions': {
