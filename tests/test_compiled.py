@@ -125,6 +125,8 @@ def test_a_second_start_of_the_command_compiles_nothing(tmp_path):
     # All of them: whether one takes a tenth of a second is the machine's mood.
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    # Or it says that there is no torch.
+    'TRANSFORMERS_NO_ADVISORY_WARNINGS': '1',
   }
   adapters, counts = [], []
   for name in ('first', 'second'):
