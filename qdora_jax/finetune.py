@@ -12,7 +12,16 @@ from typing import Any
 import jax
 import tqdm
 
-from qdora_jax import data, folder, optim, plan, processes, report, train
+from qdora_jax import (
+  data,
+  devices,
+  folder,
+  optim,
+  plan,
+  processes,
+  report,
+  train,
+)
 from qdora_jax.config import RunConfig
 from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
@@ -91,6 +100,10 @@ def _export(run: Run) -> None:
 def _show_plan(run: Run, batches: Batches) -> None:
   """What is about to be trained, on what, and for how long."""
   config, counts = run.config, batches.counts
+  dtype, (best, why) = config.model.dtype, devices.best_dtype(jax.devices()[0])
+  if dtype != best:
+    why = f"config.model.dtype='auto' would take {best}: {why}"
+  print(f'computes in {dtype}: {why}')
   print(report.describe(run.base, run.trained, config.quant.spec()))
   print(*run.notes, sep='\n', end='\n' if run.notes else '')
   print(counts)

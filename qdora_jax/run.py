@@ -363,15 +363,14 @@ def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
 def settled(config: RunConfig, workdir: Path) -> RunConfig:
   """The config, and for model.dtype='auto' what the run began in there.
 
-  A run that is new asks the device, and says so.
+  A run that is new asks the device.
   """
   if config.model.dtype != 'auto':
     return config
   if (workdir / 'config.json').exists():
     dtype = folder.config_of(workdir).model.dtype
   else:
-    dtype, why = devices.best_dtype(jax.devices()[0])
-    print(f'computes in {dtype}: {why} (config.model.dtype)')
+    dtype, _ = devices.best_dtype(jax.devices()[0])
   model = dataclasses.replace(config.model, dtype=dtype)
   return dataclasses.replace(config, model=model)
 
