@@ -11,6 +11,9 @@
 
 The last three take --checkpoint last|best|STEP: the newest one otherwise.
 The same train command again continues an interrupted run.
+
+Compiled programs are kept in $QDORA_CACHE or ~/.cache/qdora_jax, for a quicker
+next start; not with JAX_ENABLE_COMPILATION_CACHE=false.
 """
 
 import argparse
@@ -27,7 +30,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qdora_jax import paths, processes
+from qdora_jax import compiled, paths, processes
 from qdora_jax.config import RunConfig
 
 
@@ -52,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     return 2
   # orbax logs a traceback of what it raises; it is told once, here.
   absl.logging.set_verbosity(absl.logging.FATAL)
+  compiled.keep()
   place = processes.here()
   if place is None:
     return _run(commands[argv[0]], argv)

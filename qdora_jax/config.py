@@ -22,7 +22,7 @@ from qdora_jax.specs import AdapterSpec, Init, QuantSpec
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
   name: str
-  dtype: Literal['float32', 'bfloat16']
+  dtype: Literal['auto', 'float32', 'bfloat16', 'float16']
   remat: Remat
   attention: Form = 'auto'
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from typing import Any
 
 GIB = 2**30
 # What no program can have of a card: CUDA's context (some 500 MiB on recent
@@ -78,6 +79,27 @@ DEVICES: dict[str, Device] = {
     _device('h200', 143_771, 989.5, 4800, 450, _PCIE[5]),
   )
 }
+
+
+def best_dtype(device: Any) -> tuple[str, str]:
+  """(compute dtype, why), for a device of `jax.devices()`.
+
+  bfloat16 on whatever accelerator has it. NVIDIA's tensor cores know it from
+  compute capability 8.0 on, float16 from 7.0 on; before, float16 is no faster
+  (CUDA C++ Programming Guide, Compute Capabilities). A CPU's float32 is exact.
+  """
+  name = device.device_kind
+  if device.platform == 'cpu':
+    return 'float32', 'this is a CPU'
+  if not hasattr(device, 'compute_capability'):
+    return 'bfloat16', f'{name} has it'
+  major, _, minor = str(device.compute_capability).partition('.')
+  if not major.isdigit() or int(major) >= 8:  # AMD's are names.
+    return 'bfloat16', f'{name} has it'
+  why = f'{name} (compute capability {major}.{minor}) has no bfloat16'
+  if int(major) == 7:
+    return 'float16', f'{why}; the loss is scaled'
+  return 'float32', f'{why}, and no fast float16'
 
 
 def find(name: str) -> Device:

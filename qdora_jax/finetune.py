@@ -12,12 +12,21 @@ from typing import Any
 import jax
 import tqdm
 
-from qdora_jax import data, folder, optim, plan, processes, report, train
+from qdora_jax import (
+  data,
+  devices,
+  folder,
+  optim,
+  plan,
+  processes,
+  report,
+  train,
+)
 from qdora_jax.config import RunConfig
 from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
 from qdora_jax.metrics import peak_memory, read_log
-from qdora_jax.run import Run
+from qdora_jax.run import Run, settled
 from qdora_jax.sharding import gather
 
 Tree = dict[str, Any]
@@ -41,6 +50,7 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
     OSError: if it cannot be written.
   """
   workdir = Path(workdir)
+  config = settled(config, workdir)
   folder.check(config, workdir)
   began = time.perf_counter()
   # What takes least goes first: bad data is found before a model is loaded.
@@ -90,6 +100,10 @@ def _export(run: Run) -> None:
 def _show_plan(run: Run, batches: Batches) -> None:
   """What is about to be trained, on what, and for how long."""
   config, counts = run.config, batches.counts
+  dtype, (best, why) = config.model.dtype, devices.best_dtype(jax.devices()[0])
+  if dtype != best:
+    why = f"config.model.dtype='auto' would take {best}: {why}"
+  print(f'computes in {dtype}: {why}')
   print(report.describe(run.base, run.trained, config.quant.spec()))
   print(*run.notes, sep='\n', end='\n' if run.notes else '')
   print(counts)
@@ -117,6 +131,7 @@ def _summary(
   seconds = sorted(row['seconds'] for row in rows)
   tokens = sum(row['tokens'] for row in rows)
   rated = [row for row in rows if 'held_out_loss' in row]
+  scaled = 'overflowed' in rows[-1]
   best = min(rated, key=lambda row: row['held_out_loss'], default=None)
   if best is not None and run.config.train.keep_best:
     best = {key: best[key] for key in ('step', 'held_out_loss')}
@@ -127,6 +142,8 @@ def _summary(
     # What --checkpoint best takes.
     'best_checkpoint': best,
     'skipped_steps': rows[-1]['skipped'],
+    # Of a run in float16: steps that only lowered the loss scale.
+    'overflowed_steps': rows[-1]['overflowed'] if scaled else None,
     'tokens': tokens,
     # The first step compiles: the median is what a step takes.
     'seconds_per_step': round(seconds[len(seconds) // 2], 3),
@@ -134,7 +151,10 @@ def _summary(
     'peak_memory_bytes': peak_memory(),
     'trained_parameters': report.count(run.trained),
     'bytes': report.by_kind(run.base, run.trained),
-    'data': dataclasses.asdict(batches.counts),
+    'data': {
+      **dataclasses.asdict(batches.counts),
+      'filled': round(batches.counts.filled, 4),
+    },
     'held_out_rows': len(run.data.held_out),
     'devices': [device.device_kind for device in jax.devices()],
     'versions': {
@@ -157,7 +177,7 @@ def _show_results(
     best = max(before)
     gain = 100 * (scores[AFTER].interval[0] - best)
     print(f'gain beyond both intervals: {gain:.1f} points')
-  skipped = summary['skipped_steps']
+  skipped, overflowed = summary['skipped_steps'], summary['overflowed_steps']
   if best := summary['best_checkpoint']:
     print(
       f'the best checkpoint is of step {best["step"]}, held-out loss '
@@ -166,6 +186,7 @@ def _show_results(
   print(
     f'{summary["steps"]:,} steps, {summary["tokens"]:,} tokens, '
     + (f'{skipped} steps skipped (not finite), ' if skipped else '')
+    + (f'{overflowed} only lowered the loss scale, ' if overflowed else '')
     + f'{summary["tokens_per_second"]:.0f} tokens/s; '
     f'{report.duration(summary["seconds"])} in all, peak '
     f'{summary["peak_memory_bytes"] / 1e9:.2f} GB; results in {workdir}'
@@ -218,6 +239,7 @@ def _fit(run: Run, batches: Batches) -> train.Fitted:
     keep_best=config.train.keep_best,
     identity=run.identity,
     callbacks=[functools.partial(_watch, run)] if config.eval.every else [],
+    call_every=config.eval.every or 1,
     max_skipped=config.train.max_skipped,
     donate=True,
     paged=config.optim.paged,
@@ -234,8 +256,6 @@ def _watch(
     return None
   # After the last step all of it is evaluated, but for comparison.
   if step == c.train.steps and not c.train.keep_best:
-    return None
-  if step % c.eval.every and step != c.train.steps:
     return None
   params = run.params(trained)
   seen: dict[str, Any] = {'held_out_loss': run.held_out_loss(params)}

@@ -110,6 +110,7 @@ class Progress:
       + f', lr {row["lr"]:.1e}, {row["tokens_per_second"]:.0f} tok/s, '
       f'{row["memory_bytes"] / 1e9:.1f} GB'
       + (f', {row["skipped"]} skipped' if row['skipped'] else '')
+      + (f', loss scale {row["loss_scale"]:g}' if 'loss_scale' in row else '')
     )
     last = step == self.steps
     if self.bar.disable and (step % 10 == 0 or last or loss is None):

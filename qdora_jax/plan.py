@@ -211,15 +211,17 @@ def of_run(
   Raises:
     ValueError: if train.seq_len is 0, or the model is unknown.
   """
-  m, t = config.mesh, config.train
+  m, mesh, t = config.model, config.mesh, config.train
   if not t.seq_len:
     raise ValueError(
       "config.train.seq_len=0 takes the data's longest example, which a plan "
       'does not read; set --config.train.seq_len=N'
     )
-  fsdp = m.fsdp
+  fsdp = mesh.fsdp
   if fsdp == -1:
-    fsdp = max(1, (count or m.data * m.tensor) // (m.data * m.tensor))
+    fsdp = max(
+      1, (count or mesh.data * mesh.tensor) // (mesh.data * mesh.tensor)
+    )
   return Job(
     model or published.model_config(config.model.name),
     config.quant.spec(),
@@ -227,14 +229,15 @@ def of_run(
     t.batch_size,
     t.seq_len,
     t.microbatches,
-    dtype=config.model.dtype,
-    remat=config.model.remat,
-    attention=config.model.attention,
+    # What 'auto' chooses takes two bytes on every GPU there is a plan for.
+    dtype='bfloat16' if m.dtype == 'auto' else m.dtype,
+    remat=m.remat,
+    attention=m.attention,
     optimizer=optim.from_config(config.optim, config.optim.lr),
     paged=config.optim.paged == 'host' if paged is None else paged,
-    data=m.data,
+    data=mesh.data,
     fsdp=fsdp,
-    tensor=m.tensor,
+    tensor=mesh.tensor,
   )
 
 

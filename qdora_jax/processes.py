@@ -11,6 +11,7 @@ sentence what became of the first that failed, and ends the others.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -22,11 +23,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 # Tells a worker where it stands.
 _PLACE = 'QDORA_PROCESS'
@@ -69,9 +70,27 @@ def first() -> bool:
 
 def agree(number: int) -> int:
   """The largest of all processes' numbers; every one of them must ask."""
+  return int(largest(number))
+
+
+def largest(number: int) -> int | jax.Array:
+  """What `agree` gives, not waited for: devices compute it in their turn."""
   if jax.process_count() == 1:
     return number
-  return int(multihost_utils.process_allgather(np.int32(number)).max())
+  place, maximum = _everywhere()
+  mine = np.full(jax.local_device_count(), number, np.int32)
+  return maximum(jax.make_array_from_process_local_data(place, mine))
+
+
+@functools.cache
+def _everywhere() -> tuple[jax.sharding.Sharding, Any]:
+  """A number on each device of all processes, and what finds the largest."""
+  mesh = jax.sharding.Mesh(jax.devices(), ('every',))
+  spec = jax.sharding.PartitionSpec
+  one, all_ = (
+    jax.sharding.NamedSharding(mesh, spec(*a)) for a in (['every'], [])
+  )
+  return one, jax.jit(jnp.max, out_shardings=all_)
 
 
 def join(place: Place) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from qdora_jax import chat, data, evaluate, folder, optim, paths, train
+from qdora_jax import chat, data, devices, evaluate, folder, optim, paths, train
 from qdora_jax.adapter import Adapter, init_adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.config import RunConfig
@@ -62,6 +62,7 @@ class Run:
   @classmethod
   def open(cls, config: RunConfig, workdir: Path) -> 'Run':
     """Loads the base, and makes a fresh adapter or loads one."""
+    config = settled(config, Path(workdir))
     checkpoint = open_checkpoint(config.model.name)
     quant, spec = config.quant.spec(), config.adapter.spec()
     mesh = _mesh(config)
@@ -360,6 +361,21 @@ def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
   return mesh if mesh.size > 1 else None
 
 
+def settled(config: RunConfig, workdir: Path) -> RunConfig:
+  """The config, and for model.dtype='auto' what the run began in there.
+
+  A run that is new asks the device.
+  """
+  if config.model.dtype != 'auto':
+    return config
+  if (workdir / 'config.json').exists():
+    dtype = folder.config_of(workdir).model.dtype
+  else:
+    dtype, _ = devices.best_dtype(jax.devices()[0])
+  model = dataclasses.replace(config.model, dtype=dtype)
+  return dataclasses.replace(config, model=model)
+
+
 def _here(config: RunConfig) -> RunConfig:
   """The config, on as many of the devices here as can share its batches."""
   try:
@@ -461,6 +477,7 @@ def load_run(workdir: str | Path, checkpoint: str | int = 'last') -> Run:
     config.seed,
     run.mesh,
     config.optim.paged,
+    dtype=run.model.dtype,
   )
   checkpoints = Checkpoints(workdir / 'checkpoints')
   try:

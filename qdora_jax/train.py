@@ -4,10 +4,10 @@ Nothing here knows of configs or run folders (`run.py` does): `fit` takes plain
 values, any iterable of batches, and callbacks.
 """
 
+import collections
 import contextlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qdora_jax import optim, processes
+from qdora_jax import optim, processes, scaling
 from qdora_jax import paged as paging
 from qdora_jax.adapter import Adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.data import Batch
 from qdora_jax.loss import summed_loss
-from qdora_jax.metrics import Log, Progress, peak_memory
+from qdora_jax.metrics import Log, Progress
 from qdora_jax.model import Decoder
 from qdora_jax.paged import Paged, is_paged
 from qdora_jax.sharding import BATCH, shard, shard_batch
+from qdora_jax.tally import Tally
 from qdora_jax.transforms import adapted_norms, attach, norms
 
 Tree = dict[str, Any]
@@ -42,7 +43,8 @@ def make_step(
 
   The loss is the mean over the learned tokens of the whole batch, however many
   microbatches and devices it is split over. If it or its gradient is not
-  finite, nothing moves. `trained` and `opt_state` are donated.
+  finite, nothing moves. `trained` and `opt_state` are donated. A last argument
+  may be a `scaling.LossScale`; what it becomes is then among what is returned.
 
   Args:
     model: the decoder.
@@ -61,8 +63,10 @@ def make_step(
   if mesh is not None:
     model = model.clone(mesh=mesh)
 
-  def step(trained, opt_state, base, norms, batch, key):
+  def step(trained, opt_state, base, norms, batch, key, scale=None):
     total = jnp.maximum(jnp.sum(batch['weights']), 1)
+    if scale is not None:
+      total /= scale.value
     if microbatches > 1 and _detached(trained):
       norms = adapted_norms(base, trained, norms)
 
@@ -83,12 +87,16 @@ def make_step(
       zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
       keys = jax.random.split(key, microbatches)
       (value, grads), _ = jax.lax.scan(accumulate, zero, (parts, keys))
+    if scale is not None:
+      value, grads = jax.tree.map(lambda a: a / scale.value, (value, grads))
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     trained, opt_state = paging.move(
       optimizer, trained, grads, opt_state, finite, value, shards
     )
     seen = {'loss': value, 'grad_norm': grad_norm, 'finite': finite}
+    if scale is not None:
+      seen |= {'loss_scale': scale.value, 'scale': scaling.after(scale, finite)}
     return trained, opt_state, seen
 
   if like is None:
@@ -151,12 +159,17 @@ def fit(
   keep_best: int = 0,
   identity: Mapping[str, str] | None = None,
   callbacks: Sequence[Callback] = (),
+  call_every: int = 1,
   max_skipped: int = 5,
   donate: bool = False,
   paged: Paged = 'none',
   room: int | None = None,
 ) -> Fitted:
   """Trains a tree on batches.
+
+  A step is waited for when the next one has begun, so that devices never wait
+  for what the host does with its results; but for steps after which what is
+  trained is looked at: those of callbacks, of checkpoints and the last.
 
   Args:
     model: the decoder.
@@ -178,12 +191,15 @@ def fit(
     keep_best: but for so many of those with the lowest held_out_loss, which a
       callback gave; what has one is saved, too.
     identity: what a checkpoint must belong to, {what it is: value}.
-    callbacks: each is called as f(step, row, trained) after every step; row is
-      what will be logged, and a mapping that it returns is logged too.
+    callbacks: each is called as f(step, row, trained) after every step, or as
+      often as call_every says; row is what will be logged, and a mapping that
+      it returns is logged too.
       `trained` is valid until the next step, which takes its memory: copy what
       you keep (`jax.tree.map(jnp.copy, trained)`). Raising StopIteration ends
       the training early. Of many processes each calls its own, and they do the
       same.
+    call_every: steps between calls of the callbacks; after the last step they
+      are called, too. With 1 every step is waited for.
     max_skipped: steps in a row that may be skipped for not being finite.
     donate: gives away the memory of `trained`, instead of copying it.
     paged: 'host' keeps the optimizer's state in the host's memory, 'auto' what
@@ -194,7 +210,9 @@ def fit(
   Returns:
     The trained tree and the rows logged: step, loss (nats per learned token),
     lr, grad_norm, tokens (of the batch, without padding), skipped (steps so
-    far), seconds, tokens_per_second, memory_bytes.
+    far), seconds (since the step before was done), tokens_per_second,
+    memory_bytes; of a model that computes in float16 also loss_scale and
+    overflowed (steps so far that only lowered it).
 
   Raises:
     NotFiniteError: after max_skipped steps in a row without a finite loss and
@@ -210,8 +228,10 @@ def fit(
   transformation = optimizer(lr)
   if not donate:
     trained = jax.tree.map(lambda a: jnp.array(a, copy=True), trained)
-  state = initial_state(trained, transformation, seed, mesh, paged, room)
-  start, skipped, position, checkpoints = 0, 0, 0, None
+  state = initial_state(
+    trained, transformation, seed, mesh, paged, room, model.dtype
+  )
+  start, skipped, overflowed, position, checkpoints = 0, 0, 0, 0, None
   source = iter(batches)
   if workdir is not None:
     workdir = Path(workdir)
@@ -222,6 +242,7 @@ def fit(
         state, identity or {}, set_aside=True
       )
       skipped, position = meta['skipped'], meta['log']
+      overflowed = meta['overflowed'] if 'overflowed' in meta else 0
       _forward(source, meta['data'], start)
       print(f'continuing after step {start}', flush=True)
   like = (state['trained'], state['optimizer'])
@@ -232,13 +253,37 @@ def fit(
   rng = jax.random.wrap_key_data(state['rng'])
   rows: list[dict[str, Any]] = []
 
+  def called(n: int) -> bool:
+    return bool(callbacks) and (n % call_every == 0 or n == steps)
+
+  def saved(n: int) -> bool:
+    return n == steps or (checkpoints is not None and n % save_every == 0)
+
   def save(n: int, held_out_loss: float | None = None) -> None:
     if checkpoints is not None and checkpoints.latest() != n:
-      meta = {**(identity or {}), 'data': _position(source), 'skipped': skipped}
-      meta |= {'log': log.position(), 'held_out_loss': held_out_loss}
+      meta = {**(identity or {}), 'data': _position(source)}
+      meta |= {'skipped': tally.skipped, 'log': log.position()}
+      meta['held_out_loss'] = held_out_loss
+      if state['scale'] is not None:
+        meta['overflowed'] = tally.overflowed
       checkpoints.save(n, state, meta)
 
-  in_a_row = 0
+  def settle(late: int) -> str | None:
+    """Logs the steps begun, but so many of the last; who ends the training."""
+    ended = None
+    for row in tally.rows(late):
+      try:
+        for callback in callbacks if called(row['step']) else ():
+          row |= callback(row['step'], row, state['trained']) or {}
+      except StopIteration:
+        ended = 'a callback'
+      log.write(row)
+      rows.append(row)
+      progress.show(row['step'], row)
+      if tally.in_a_row >= max_skipped:
+        raise NotFiniteError(_persistent(row, tally.in_a_row, checkpoints))
+    return ended
+
   with contextlib.ExitStack() as stack:
     # First: a second signal does not end the writing of what is saved.
     stopped = stack.enter_context(_signals(checkpoints is not None))
@@ -248,61 +293,44 @@ def fit(
     path = workdir / 'metrics.jsonl' if logged else None
     log = stack.enter_context(Log(path, position))
     progress = stack.enter_context(Progress(start, steps))
-    for n in range(start, steps):
-      began = time.perf_counter()
+    tally = Tally(rate, mesh, skipped, overflowed)
+    for n in range(start + 1, steps + 1):
       batch = next(source, None)
       if batch is None:
-        print(f'the data ended after {n} of {steps} steps', flush=True)
-        if n:
-          save(n)
+        settle(0)
+        print(f'the data ended after {n - 1} of {steps} steps', flush=True)
+        if n > 1:
+          save(n - 1)
         break
-      tokens = int((batch['segments'] > 0).sum())
+      tokens = (batch['segments'] > 0).sum()
       if mesh is not None:
         batch = shard_batch(batch, mesh)
       state['trained'], state['optimizer'], seen = step(
         *(state['trained'], state['optimizer'], base, fixed, batch),
-        jax.random.fold_in(rng, n),
+        *(jax.random.fold_in(rng, n - 1), state['scale']),
       )
-      seen = jax.device_get(seen)
-      finite = bool(seen['finite'])
-      # A step that was skipped did not move the schedule on.
-      now = float(rate(n - skipped))
-      skipped += not finite
-      in_a_row = 0 if finite else in_a_row + 1
-      seconds = time.perf_counter() - began
-      row = {
-        'step': n + 1,
-        'loss': float(seen['loss']) if finite else None,
-        'lr': now,
-        'grad_norm': float(seen['grad_norm']) if finite else None,
-        'tokens': tokens,
-        'skipped': skipped,
-        'seconds': seconds,
-        'tokens_per_second': tokens / seconds,
-        'memory_bytes': peak_memory(),
-      }
-      try:
-        for callback in callbacks:
-          row |= callback(n + 1, row, state['trained']) or {}
-        ended = None
-      except StopIteration:
-        ended = 'a callback'
-      log.write(row)
-      rows.append(row)
-      progress.show(n + 1, row)
-      if in_a_row >= max_skipped:
-        raise NotFiniteError(_persistent(n + 1, in_a_row, checkpoints))
-      told = stopped()  # Every process asks.
-      ended = ended or told
-      held_out = row['held_out_loss'] if 'held_out_loss' in row else None
+      if 'scale' in seen:
+        state['scale'] = seen.pop('scale')
+      tally.begin(n, tokens, seen)
+      # The next step takes the memory of what is trained: who wants to look at
+      # it does so before.
+      in_step = saved(n) or called(n)
+      # Every process asks.
+      ended = settle(0 if in_step else 1) or stopped(in_step)
+      if ended:
+        settle(0)
+      last = rows[-1] if not tally.waiting else {}
+      held_out = last['held_out_loss'] if 'held_out_loss' in last else None
       rated = keep_best and held_out is not None
-      if ended or rated or (n + 1) % save_every == 0 or n + 1 == steps:
-        save(n + 1, held_out)
+      if ended or rated or saved(n):
+        save(n, held_out)
+      if not tally.waiting:
+        tally.rest()
       if ended == 'a callback':
-        print(f'a callback ended the training after step {n + 1}', flush=True)
+        print(f'a callback ended the training after step {n}', flush=True)
         break
       if ended:
-        raise Stopped(n + 1, ended)
+        raise Stopped(n, ended)
   return Fitted(state['trained'], rows)
 
 
@@ -313,6 +341,7 @@ def initial_state(
   mesh: jax.sharding.Mesh | None = None,
   paged: Paged = 'none',
   room: int | None = None,
+  dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
   """What a checkpoint holds, before the first step; placed on the mesh.
 
@@ -323,15 +352,17 @@ def initial_state(
     mesh: from `make_mesh`.
     paged: which of the state is made in the host's memory, see `fit`.
     room: see `fit`.
+    dtype: the model's, of its products; float16 has a loss scale.
   """
   rng = jax.random.key_data(jax.random.key(seed))
+  scale = scaling.start() if jnp.dtype(dtype) == jnp.float16 else None
   if mesh is not None:
-    trained, rng = shard(trained, mesh), shard(rng, mesh)
+    trained, rng, scale = (shard(tree, mesh) for tree in (trained, rng, scale))
   elif paged != 'none':
     # Told where it is: what a step returns is, and would be another program's.
     trained = jax.tree.map(lambda a: jax.device_put(a, a.sharding), trained)
   state = paging.initial(optimizer, trained, mesh, paged, room)
-  return {'trained': trained, 'optimizer': state, 'rng': rng}
+  return {'trained': trained, 'optimizer': state, 'rng': rng, 'scale': scale}
 
 
 class Stopped(KeyboardInterrupt):
@@ -343,12 +374,14 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _signals(active: bool) -> Iterator[Callable[[], str | None]]:
+def _signals(active: bool) -> Iterator[Callable[[bool], str | None]]:
   """Notes SIGTERM and SIGINT while a step runs; a second SIGINT interrupts.
 
-  What is noted by one of many processes is told to all.
+  What is noted by one of many processes is told to all: at once, or when they
+  ask again, which waits for nothing that was begun since.
   """
   noted: list[int] = []
+  telling: collections.deque[Any] = collections.deque()
   # Only the main thread can be told of signals.
   active = active and threading.current_thread() is threading.main_thread()
   before = {}
@@ -358,8 +391,12 @@ def _signals(active: bool) -> Iterator[Callable[[], str | None]]:
       raise KeyboardInterrupt
     noted.append(number)
 
-  def asked() -> str | None:
-    number = processes.agree(noted[0] if noted else 0)
+  def asked(at_once: bool) -> str | None:
+    telling.append(processes.largest(noted[0] if noted else 0))
+    at_once |= jax.process_count() == 1
+    number = 0
+    while len(telling) > (0 if at_once else 1):
+      number = max(number, int(telling.popleft()))
     return signal.Signals(number).name if number else None
 
   if active:
@@ -386,15 +423,21 @@ def _forward(source: Iterator[Batch], position: Any, steps: int) -> None:
     next(source, None)
 
 
-def _persistent(step: int, count: int, checkpoints: Checkpoints | None) -> str:
+def _persistent(
+  row: Mapping[str, Any], count: int, checkpoints: Checkpoints | None
+) -> str:
   good = checkpoints and checkpoints.latest()
   where = (
     f'the last good checkpoint is {checkpoints.directory / str(good)}'
     if good
     else 'there is no checkpoint yet'
   )
+  half = (
+    "; or activations pass float16's end, 65504: set "
+    "config.model.dtype='float32'"
+  )
   return (
     f'loss or gradient not finite in {count} steps in a row, up to step '
-    f'{step}; {where}. Lower config.optim.lr, set config.optim.clip, or look '
-    f'at the data of these steps'
+    f'{row["step"]}; {where}. Lower config.optim.lr, set config.optim.clip, or '
+    f'look at the data of these steps{half if "loss_scale" in row else ""}'
   )

@@ -7,6 +7,8 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# Commands that tests start leave no programs behind.
+os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
 
 import jax
 
@@ -18,3 +20,4 @@ atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 jax.config.update('jax_compilation_cache_dir', compiled)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+jax.config.update('jax_enable_compilation_cache', True)

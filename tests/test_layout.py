@@ -20,7 +20,7 @@ FLOORS = {
 FLOORS[2] += ('placement', 'sight', 'flash')
 FLOORS[3] += ('loss', 'train', 'generate', 'evaluate', 'report')
 FLOORS[3] += ('folder', 'run', 'finetune', 'processes')
-FLOORS[3] += ('paged', 'adam8bit')
+FLOORS[3] += ('paged', 'adam8bit', 'scaling', 'tally', 'compiled')
 # A run refuses what its plan says cannot fit.
 FLOORS[3] += ('devices', 'published', 'footprint', 'traffic', 'plan')
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import finetune, folder, load_adapter, paths, run
+from qdora_jax import devices, finetune, folder, load_adapter, paths, run
 from qdora_jax.evaluate import Score
 from qdora_jax.metrics import Progress, read_log
 
@@ -128,12 +129,81 @@ def test_every_method_by_config_alone(train, tmp_path, capsys, quant, method):
   assert loaded.held_out_loss(loaded.params()) == scores['fine-tuned'].loss
 
 
+@pytest.mark.slow
+def test_a_run_in_float16(train, tmp_path, monkeypatch, capsys):
+  """Its scale is said, kept and gone on with; and it can be read."""
+  monkeypatch.setattr('qdora_jax.scaling.START', 2.0**26)
+  options = {'model.dtype': 'float16', 'train.steps': 14}
+  stop_at(monkeypatch, 13)
+  with pytest.raises(KeyboardInterrupt):
+    train('half', **options)
+  scores = train('half', **options)
+  rows = read_log(tmp_path / 'half' / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == list(range(1, 15))
+  over = [row['grad_norm'] is None for row in rows]
+  assert over[0] and not over[-1] and sum(over) == rows[-1]['overflowed']
+  for n, row in enumerate(rows):
+    assert row['loss_scale'] == 2.0 ** (26 - sum(over[:n]))
+  summary = json.loads((tmp_path / 'half' / 'summary.json').read_text())
+  assert summary['overflowed_steps'] == sum(over)
+  assert summary['skipped_steps'] == 0
+  out = capsys.readouterr().out
+  words = "computes in float16: config.model.dtype='auto' would take float32"
+  assert f'{words}: this is a CPU' in out
+  assert re.search(f'14 steps, .* {sum(over)} only lowered the loss scale', out)
+  loaded = run.load_run(tmp_path / 'half')
+  assert loaded.model.dtype == jnp.float16
+  assert loaded.held_out_loss(loaded.params()) == scores['fine-tuned'].loss
+
+
+def test_a_run_goes_on_in_the_dtype_it_began_in(tmp_path):
+  """What 'auto' meant stands in its folder; a new one asks the device."""
+  config = tiny.run_config('model')
+  assert config.model.dtype == 'auto'
+  new = run.settled(config, tmp_path)
+  assert new.model.dtype == 'float32'
+  began = tiny.run_config('model', **{'model.dtype': 'bfloat16'})
+  folder.claim(began, tmp_path / 'run')
+  assert run.settled(config, tmp_path / 'run') == began
+  # It is the same run, as far as its folder is asked.
+  folder.check(run.settled(config, tmp_path / 'run'), tmp_path / 'run')
+  told = tiny.run_config('model', **{'model.dtype': 'float16'})
+  assert run.settled(told, tmp_path / 'run') == told
+
+
+@pytest.mark.parametrize(
+  'name, capability, dtype, why',
+  [
+    (
+      'Tesla T4',
+      '7.5',
+      'float16',
+      r'\(compute capability 7.5\) has no bfl.*scaled',
+    ),
+    ('Tesla V100', '7.0', 'float16', 'the loss is scaled'),
+    ('Tesla P40', '6.1', 'float32', 'and no fast float16'),
+    ('NVIDIA A100', '8.0', 'bfloat16', 'NVIDIA A100 has it'),
+    ('NVIDIA B200', '10.0', 'bfloat16', 'has it'),
+    ('AMD Instinct', 'gfx942', 'bfloat16', 'has it'),
+    ('TPU v4', None, 'bfloat16', 'has it'),
+  ],
+)
+def test_devices_are_asked_what_to_compute_in(name, capability, dtype, why):
+  device = types.SimpleNamespace(device_kind=name, platform='gpu')
+  if capability is not None:
+    device.compute_capability = capability
+  got, reason = devices.best_dtype(device)
+  assert got == dtype
+  assert re.search(why, reason)
+
+
 def test_a_run_shows_what_it_does(train, tmp_path, capsys):
   train(
     'run', **{'train.steps': 5, 'eval.every': 2, 'train.seq_len': 12, 'seed': 1}
   )
   out = capsys.readouterr().out
   for words in (
+    r'computes in float32: this is a CPU',
     r'layers/attn/q/kernel +3 x 64 x 64 +nf4/64 double +6,360 +dora r=4',
     r'bytes: float32 .* MB, nf4/64 double .* MB, trained .* MB',
     r'trained: 1,728 parameters, 1\.36% of the 127,424 of the model',
@@ -156,6 +226,10 @@ def test_a_run_shows_what_it_does(train, tmp_path, capsys):
   assert summary['tokens'] == sum(row['tokens'] for row in rows)
   assert summary['trained_parameters'] == 1728
   assert summary['data']['examples'] == 24
+  data = summary['data']
+  places = data['packed'] * data['length']
+  assert data['filled'] == pytest.approx(data['tokens'] / places, abs=1e-4)
+  assert summary['overflowed_steps'] is None
   assert summary['versions']['jax'] == jax.__version__
   names = {path.name for path in (tmp_path / 'run').iterdir()}
   assert names == {

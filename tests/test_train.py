@@ -311,6 +311,64 @@ def test_fit_takes_optax_as_it_is():
   assert [row['lr'] for row in rows] == [1.0, 0.75, 0.5, 0.25]
 
 
+def events_of(monkeypatch, **options):
+  """What the loop does, in order, with a step that does nothing."""
+  events, get = [], jax.device_get
+  batch = {'segments': np.ones((1, 2), np.int32)}
+
+  def batches():
+    for n in range(1, 6):
+      events.append(f'batch {n}')
+      yield batch
+
+  def step(trained, state, *rest):
+    events.append(f'step {sum("step" in e for e in events) + 1}')
+    seen = {'loss': jnp.float32(1), 'grad_norm': jnp.float32(1)}
+    return trained, state, seen | {'finite': jnp.bool_(True)}
+
+  def fetch(tree):
+    if 'loss' in tree:
+      events.append(f'wait {sum("wait" in e for e in events) + 1}')
+    return get(tree)
+
+  monkeypatch.setattr(train, 'make_step', lambda *_: step)
+  monkeypatch.setattr(jax, 'device_get', fetch)
+  model, base, _ = tiny.loaded()
+  adapter = init_adapter(jax.random.key(0), base, AdapterSpec(targets=ONE))
+  options = {'steps': 4, 'lr': optax.linear_schedule(1.0, 0.0, 4)} | options
+  train.fit(model, base, adapter, batches(), **options)
+  return events
+
+
+def called(step, row, trained):
+  pass
+
+
+@pytest.mark.parametrize(
+  'options, together',
+  [
+    # Of four steps, those that are waited for before the next begins.
+    ({}, {4}),
+    ({'callbacks': [called]}, {1, 2, 3, 4}),
+    ({'callbacks': [called], 'call_every': 3}, {3, 4}),
+    ({'save_every': 2, 'workdir': True}, {2, 4}),
+    ({'call_every': 1, 'save_every': 1}, {4}),
+  ],
+)
+def test_a_step_is_waited_for_when_the_next_has_begun(
+  monkeypatch, tmp_path, options, together
+):
+  if 'workdir' in options:
+    options = options | {'workdir': tmp_path}
+  expected, late = [], []
+  for n in range(1, 5):
+    expected += [f'batch {n}', f'step {n}']
+    late.append(f'wait {n}')
+    while len(late) > (n not in together):
+      expected.append(late.pop(0))
+  assert events_of(monkeypatch, **options) == expected
+
+
 def test_data_that_ends_early_ends_the_training(capsys):
   batches = [sums(batch_size=4)[n] for n in range(2)]
   _, rows = fit(data=batches)

