@@ -256,10 +256,13 @@ def _kept(job: Job) -> tuple[int, int]:
 
 
 # Arrays [tokens, F] alive while a feed-forward's backward pass runs, beside
-# what the forward pass kept (remat 'block', read off XLA's buffers): (in
-# float32, in the compute dtype). Adapted kernels' products come in float32,
-# once from the base and once from A and B; both wait for their sum's readers.
-_WIDE = {'full': (0, 5), 'lora': (4, 9), 'dora': (4, 7)}
+# what the forward pass kept (read off XLA's buffers), by remat: (in float32, in
+# the compute dtype). Adapted kernels' products come in float32.
+_WIDE = {
+  'full': {'block': (0, 5), 'dots': (0, 3), 'none': (0, 3)},
+  'lora': {'block': (2, 7), 'dots': (0, 6), 'none': (0, 3)},
+  'dora': {'block': (4, 8), 'dots': (0, 6), 'none': (0, 6)},
+}
 # Arrays [H, L, L] of float32: what the backward pass of attention makes of the
 # scores, and how many of them wait for it while the feed-forward's runs.
 _SCORES, _WAITING = 4, 3
@@ -284,10 +287,8 @@ def workspace(job: Job) -> int:
   c, ways = job.model, job.tensor
   adapted = job.adapter is not None
   dora = adapted and job.adapter.has_magnitude
-  f32, narrow = _WIDE['dora' if dora else 'lora' if adapted else 'full']
-  recomputed = job.remat in ('block', 'offload')
-  f32 -= 0 if recomputed or not adapted else 2 if job.remat == 'dots' else 4
-  narrow -= 0 if recomputed or adapted else 2
+  by_remat = _WIDE['dora' if dora else 'lora' if adapted else 'full']
+  f32, narrow = by_remat['block' if job.remat == 'offload' else job.remat]
   stored = job.remat == 'none'
   # With 'dots' and no adapter nothing of attention is asked for before its own
   # turn: its product with o is there.
