@@ -21,7 +21,7 @@ import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,8 +90,8 @@ def in_turns(
   return seconds, said
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-  """The rows of the table."""
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+  """The rows of the table, after each method all so far."""
   names = args.methods.split(',')
   among, said = in_turns([(name, 'ours') for name in names], args)
   rows = []
@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         row['of PEFT'] = result.ratio(times, seconds[peft])
         row['peak of PEFT'] = here[name, by]['peak'] / here[peft]['peak']
       rows.append(row)
-  return rows
+    yield rows
 
 
 def parsed() -> argparse.Namespace:
@@ -162,13 +162,14 @@ def main() -> None:
       del base
       config = (Path(args.folder) / 'config.json').read_text()
       args.config = json.loads(config)
-    rows = measure(args)
-  what = (
-    f'A training step: {result.public(args.model)}, {args.batch} x '
-    f'{args.sequence} tokens, rank {args.rank}, {args.dtype}, remat '
-    f'{args.remat!r}.'
-  )
-  held = result.write('step', what, rows, shown, 's a step', notes)
+    what = (
+      f'A training step: {result.public(args.model)}, {args.batch} x '
+      f'{args.sequence} tokens, rank {args.rank}, {args.dtype}, remat '
+      f'{args.remat!r}.'
+    )
+    # After each: who stops it early has what was measured.
+    for rows in measure(args):
+      held = result.write('step', what, rows, shown, 's a step', notes)
   print(report.markdown(held))
 
 
