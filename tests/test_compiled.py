@@ -169,7 +169,7 @@ def test_thirty_layers_are_no_longer_a_program_than_two(method):
 @pytest.mark.parametrize(
   'case',
   [
-    'float16',
+    pytest.param('float16', marks=pytest.mark.slow),
     pytest.param('float32', marks=pytest.mark.slow),
     pytest.param('eight devices', marks=pytest.mark.slow),
   ],

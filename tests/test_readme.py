@@ -29,9 +29,9 @@ def test_your_own_data_in_six_lines(tmp_path, monkeypatch):
   assert len([line for line in program.splitlines() if line]) == 6
   rows = [{'prompt': f'{n}+1=', 'completion': f'{n + 1}'} for n in range(40)]
   Path('train.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  log = executed(program.replace('steps=200, lr=2e-4', 'steps=8, lr=1e-2'))[
-    'log'
-  ]
+  program = program.replace('seq_len=512', 'seq_len=64')
+  program = program.replace('steps=200, lr=2e-4', 'steps=8, lr=1e-2')
+  log = executed(program)['log']
   assert log[-1]['loss'] < log[0]['loss']
 
 

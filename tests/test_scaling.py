@@ -113,6 +113,7 @@ def test_float16_follows_float32_and_an_overflow_only_lowers_the_scale(
   assert {a.dtype for a in jax.tree.leaves(got)} == {jnp.dtype('float32')}
 
 
+@pytest.mark.slow
 def test_a_run_in_float16_continues_bit_for_bit(fit, tmp_path):
   """Its scale, and how long that has lasted, included."""
   options = {'start': 2.0**17, 'save_every': 1}
