@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 
 from qdora_jax import dora, lora, nf4, several
 from qdora_jax.dora import DoraWeight
@@ -187,28 +186,18 @@ def _nf4_products(
 
 
 def _nf4_products_forward(dtypes, rows, q):
-  rows, q = jax.tree.map(lambda leaf: leaf.value, (rows, q))
   return _nf4_products(dtypes, rows, q), q
 
 
 def _nf4_products_backward(dtypes, q, cotangents):
-  # Of what is constant, as the norm's A^T, nothing comes back.
-  moving = {
-    n: c for n, c in enumerate(cotangents) if not isinstance(c, SymbolicZero)
-  }
   # The barrier keeps XLA from finding the forward pass's dense weight again,
   # and with it alive in between.
-  q, moving = jax.lax.optimization_barrier((q, moving))
+  q, cotangents = jax.lax.optimization_barrier((q, cotangents))
   dtype, _ = dtypes
-  back = _multiply(tuple(moving.values()), materialize(q, dtype).T, dtype)
-  back = dict(zip(moving, back, strict=True))
-  found = (back[n] if n in back else None for n in range(len(cotangents)))
-  return tuple(found), None
+  return _multiply(cotangents, materialize(q, dtype).T, dtype), None
 
 
-_nf4_products.defvjp(
-  _nf4_products_forward, _nf4_products_backward, symbolic_zeros=True
-)
+_nf4_products.defvjp(_nf4_products_forward, _nf4_products_backward)
 
 
 def _gather(q: NF4Array) -> NF4Array:

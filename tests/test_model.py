@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,14 @@ import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import AdapterSpec, QuantSpec, attach, init_adapter, paths
+from qdora_jax import (
+  AdapterSpec,
+  QuantSpec,
+  attach,
+  init_adapter,
+  norms,
+  paths,
+)
 from qdora_jax.model import Block, Decoder, RMSNorm, init_cache
 from qdora_jax.rope import angles
 from qdora_jax.sight import NOWHERE, look
@@ -154,6 +162,26 @@ def test_remat_keeps_less_for_the_backward_pass():
     return sum(a.size for a in jax.tree.leaves(pull))
 
   assert kept('none') > 1.05 * kept('dots') > 1.05**2 * kept('block')
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots', 'block', 'offload'])
+def test_a_norm_is_found_once(remat):
+  """A^T W is multiplied on the way forward alone."""
+  model, base, _ = tiny.loaded(quant=QuantSpec())
+  spec = AdapterSpec('dora', rank=3, targets='.*/down/kernel')
+  adapter = init_adapter(jax.random.key(0), base, spec)
+  fixed = norms(base, adapter)
+  f = objective(model.clone(remat=remat))
+
+  def loss(adapter):
+    return f(attach(base, adapter, norms=fixed))
+
+  text = jax.jit(jax.grad(loss)).lower(adapter).as_text()
+  i, o = base['layers']['mlp']['down']['kernel'].shape[-2:]
+  products = collections.Counter(
+    re.findall(r'dot_general .*: \(tensor<(\w+)>, tensor<(\w+)>\)', text)
+  )
+  assert products[f'3x{i}xf32', f'{i}x{o}xf32'] == 1
 
 
 def test_offloaded_block_inputs_wait_in_the_hosts_memory():
