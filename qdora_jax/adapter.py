@@ -5,12 +5,14 @@ adapted and a float32 array at whatever is trained in full beside them.
 `transforms.attach` puts it on its base.
 """
 
+import functools
 import zlib
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qdora_jax import dora, lora, paths, vera
 from qdora_jax.linear import kind, per_layer, squared_norm
@@ -139,19 +141,31 @@ def _init(
     lambda_b = jnp.zeros((*lead, o), jnp.float32)
   if spec.method in ('lora', 'dora'):
     # crc32 and not hash(): the same in every process.
-    keys = [
-      jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names
-    ]
-    a, b = stack_ranks(
-      [
-        lora.init(k, spec.init, i, r, o)
-        for k, r in zip(keys, ranks, strict=True)
-      ]
-    )
+    named = jnp.asarray([zlib.crc32(n.encode()) for n in names], jnp.uint32)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(named)
+    a, b = _drawn(keys, spec.init, i, ranks, o)
     a, b = a.reshape(*lead, i, -1), b.reshape(*lead, -1, o)
   if spec.has_magnitude:
     magnitude = dora.root(per_layer(squared_norm, leaf))
   return Adapter(a, b, magnitude, names, spec, lambda_d, lambda_b)
+
+
+def _drawn(
+  keys: jax.Array, init: str, i: int, ranks: list[int], o: int
+) -> tuple[jax.Array, jax.Array]:
+  """A [N, I, R] and B [N, R, O] of N layers, by `lora.init`, together.
+
+  Layers of one rank are one program, however many they are.
+  """
+  a = jnp.zeros((len(ranks), i, max(ranks)))
+  b = jnp.zeros((len(ranks), max(ranks), o))
+  for rank in sorted(set(ranks)):
+    here = np.flatnonzero(np.asarray(ranks) == rank)
+    draw = functools.partial(lora.init, init=init, i=i, rank=rank, o=o)
+    a_here, b_here = jax.vmap(draw)(keys[here])
+    a = a.at[here, :, :rank].set(a_here)
+    b = b.at[here, :rank].set(b_here)
+  return a, b
 
 
 def stack_ranks(

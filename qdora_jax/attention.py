@@ -49,7 +49,7 @@ def attention(
   queries, keys = q.shape[1], k.shape[1]
   cudnn = form == 'auto' and fused(q, keys, softcap)
   if form == 'auto':
-    form = best(queries, keys)
+    form = best(queries, keys, jax.default_backend())
   factor = q.shape[-1] ** -0.5 if scale is None else scale
   if form == 'flash' and queries > 1 and not cudnn:
     return flash(q, k, v, sight, factor, softcap)
@@ -75,13 +75,14 @@ def attention(
   return y.reshape(*lead, h, dh)
 
 
-def best(queries: int, keys: int) -> Literal['plain', 'flash']:
+def best(queries: int, keys: int, backend: str) -> Literal['plain', 'flash']:
   """The form for so many queries and keys, cuDNN aside.
 
   Flash from two chunks on: on CPU it is the faster one from there, see
   experiments/LOG.md.
   """
-  return 'plain' if queries * keys < (2 * best_chunk()) ** 2 else 'flash'
+  side = 2 * best_chunk(backend)
+  return 'plain' if queries * keys < side**2 else 'flash'
 
 
 def fused(q_BxLxHxDh: jax.Array, keys: int, softcap: float | None) -> bool:

@@ -23,13 +23,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType
 
-from qdora_jax import optim, paths
+from qdora_jax import loss, optim, paths, sight
 from qdora_jax.adapter import init_adapter
 from qdora_jax.attention import Form, best
-from qdora_jax.loss import CHUNK
 from qdora_jax.model import Decoder, ModelConfig, Remat, init_cache
 from qdora_jax.sharding import AXES, shardings
-from qdora_jax.sight import best_chunk
 from qdora_jax.specs import TAKEN, AdapterSpec, QuantSpec
 from qdora_jax.transforms import adapted_norms, attach, norms, quantize
 
@@ -55,6 +53,7 @@ class Job:
     optimizer: any optax transformation; AdamW if None.
     paged: whether its state waits in the host's memory.
     data, fsdp, tensor: sizes of the mesh.
+    backend: 'gpu' or 'cpu': chunks are longer on the former.
   """
 
   model: ModelConfig
@@ -72,6 +71,7 @@ class Job:
   data: int = 1
   fsdp: int = 1
   tensor: int = 1
+  backend: str = 'gpu'
 
   @property
   def devices(self) -> int:
@@ -221,9 +221,8 @@ def activations(job: Job) -> tuple[int, int]:
 def _kept(job: Job) -> tuple[int, int]:
   """`activations` of a job on one device."""
   made = trees(job)
-  model = Decoder(
-    job.model, jnp.dtype(job.dtype), job.remat, attention=job.attention
-  )
+  form = 'flash' if in_chunks(job) else 'plain'
+  model = Decoder(job.model, jnp.dtype(job.dtype), job.remat, attention=form)
   dropout = job.adapter is not None and job.adapter.dropout > 0
 
   def forward(trained, base, fixed, tokens):
@@ -318,14 +317,18 @@ def attention_scores(job: Job) -> int:
   does without is not taken off.)
   """
   heads = -(-job.model.heads // job.tensor)
-  side = min(best_chunk(), job.seq_len) if in_chunks(job) else job.seq_len
+  side = (
+    min(sight.best_chunk(job.backend), job.seq_len)
+    if in_chunks(job)
+    else job.seq_len
+  )
   return job.rows * heads * side**2 * FLOAT
 
 
 def in_chunks(job: Job) -> bool:
   """Whether attention makes its scores a chunk at a time."""
   if job.attention == 'auto':
-    return best(job.seq_len, job.seq_len) == 'flash'
+    return best(job.seq_len, job.seq_len, job.backend) == 'flash'
   return job.attention == 'flash'
 
 
@@ -334,7 +337,7 @@ def logits(job: Job) -> int:
   the head, too, which is brought together for them."""
   c = job.model
   learned = job.learned or job.seq_len
-  chunk = min(job.rows * learned, max(CHUNK, job.rows))
+  chunk = min(job.rows * learned, max(loss.best_chunk(job.backend), job.rows))
   vocab = -(-c.vocab // job.tensor)
   head = vocab * c.width * job.width if job.fsdp > 1 else 0
   return 2 * chunk * vocab * FLOAT + head

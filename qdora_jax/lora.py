@@ -138,7 +138,10 @@ def _thin_backward(kept, d_y):
     )
 
   d_x = d_low @ a_IxR.astype(x.dtype).T
-  d_a, d_b = gradient(x, d_low), scale * gradient(low, d_y)
+  d_a, d_b = (
+    jax.lax.optimization_barrier(gradient(d_low, x)).T,
+    scale * gradient(low, d_y),
+  )
   return d_x, d_a.astype(a_IxR.dtype), d_b.astype(b_RxO.dtype), None
 
 

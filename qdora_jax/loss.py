@@ -1,7 +1,7 @@
 """The loss: cross-entropy of learned tokens, logits a chunk at a time.
 
 Logits are the largest array of a step: 1,024 tokens of a vocabulary of 128,256
-are 525 MB in float32, and so is their gradient. Here they exist for CHUNK
+are 525 MB in float32, and so is their gradient. Here they exist for a chunk of
 tokens at once, and not for the backward pass at all: while a chunk's logits are
 there, the gradient of its hidden states,
 
@@ -25,14 +25,11 @@ from qdora_jax.data import Batch
 from qdora_jax.model import Decoder
 from qdora_jax.sharding import by_batch
 
-# Tokens: a product with the head is efficient from a few hundred.
-CHUNK = 1024
-
 Tree = dict[str, Any]
 
 
 def summed_loss(
-  model: Decoder, params: Tree, batch: Batch, chunk: int = CHUNK
+  model: Decoder, params: Tree, batch: Batch, chunk: int | None = None
 ) -> jax.Array:
   """Cross-entropy of a batch's learned tokens, summed, in nats.
 
@@ -43,8 +40,9 @@ def summed_loss(
     params: its tree, as `attach` gives it.
     batch: see `data`.
     chunk: tokens whose logits exist at once, over all devices; one of every row
-      at least.
+      at least. None: what the devices here are best at.
   """
+  chunk = chunk or best_chunk(jax.default_backend())
   variables = {'params': params}
   hidden, _ = model.apply(
     variables,
@@ -62,6 +60,16 @@ def summed_loss(
   parts = (hidden, batch['labels'], batch['weights'])
   parts = jax.tree.map(lambda a: _chunks(a, count), parts)
   return _in_chunks(model, head, *parts)
+
+
+def best_chunk(backend: str) -> int:
+  """Tokens whose logits should exist at once, on 'cpu' or another backend.
+
+  A GPU's product with the head is efficient from a thousand. A CPU's is from
+  far fewer, and logits that are few stay in its cache: 256 and 512 were the
+  best of 128 to 1,024, see experiments/LOG.md.
+  """
+  return 256 if backend == 'cpu' else 1024
 
 
 def _chunks(array_BxC: jax.Array, count: int) -> jax.Array:

@@ -100,21 +100,25 @@ def look(
   window = None if window is None else jnp.int32(window)
   segments = query_segment_BxL, key_segment_BxS
   sight = Sight(
-    query_BxL, key_BxS, *segments, window, chunk=chunk or best_chunk()
+    query_BxL,
+    key_BxS,
+    *segments,
+    window,
+    chunk=chunk or best_chunk(jax.default_backend()),
   )
   pairs_Px2, count = _pairs(sight)
   return sight.replace(pairs_Px2=pairs_Px2, count=count)
 
 
-def best_chunk() -> int:
-  """Tokens of a chunk on the devices here.
+def best_chunk(backend: str) -> int:
+  """Tokens of a chunk, on 'cpu' or another backend.
 
   On a CPU a chunk's scores should stay in its cache: 128 was the best of 64 to
   512, see experiments/LOG.md. For a GPU every pair of chunks is a few kernels
   and a question to the host, and must be worth them; 512 is a guess that no GPU
   has confirmed yet.
   """
-  return 128 if jax.default_backend() == 'cpu' else 512
+  return 128 if backend == 'cpu' else 512
 
 
 def _pairs(sight: Sight) -> tuple[jax.Array, jax.Array]:

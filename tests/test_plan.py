@@ -57,7 +57,13 @@ SHAPES = {
 def job_of(method: str, remat: str, shape: str, **more) -> Job:
   model, batch, tokens = SHAPES[shape]
   made = Job(
-    model, *METHODS[method], batch, tokens, dtype='float32', remat=remat
+    model,
+    *METHODS[method],
+    batch,
+    tokens,
+    dtype='float32',
+    remat=remat,
+    backend='cpu',
   )
   return dataclasses.replace(made, **more)
 

@@ -70,7 +70,8 @@ def forms(length: int) -> list[str]:
 
 def main(rounds: int = 5, *lengths: int) -> None:
   device = jax.devices()[0].device_kind
-  print(f'{device}, JAX {jax.__version__}, chunks of {best_chunk()}')
+  chunk = best_chunk(jax.default_backend())
+  print(f'{device}, JAX {jax.__version__}, chunks of {chunk}')
   print('tokens  texts  form       median s   of plain (least, largest)')
   for length in lengths or LENGTHS:
     for texts in (1, 8):
@@ -89,7 +90,9 @@ def main(rounds: int = 5, *lengths: int) -> None:
           ratios = sorted(a / b for a, b in pairs)
           middle = statistics.median(ratios)
           line += f'{middle:11.2f} ({ratios[0]:.2f}, {ratios[-1]:.2f})'
-        taken = form == 'auto' or form == best(length, length)
+        taken = form == 'auto' or form == best(
+          length, length, jax.default_backend()
+        )
         print(line + (' *' if taken and 'auto' not in seconds else ''))
   print('* what attention takes by itself')
 
