@@ -29,15 +29,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from qdora_jax.sight import Sight, cut
 
 # A score no query may see, and the largest one before any: exp(HIDDEN - LEAST)
 # is 0, so that a query that sees nothing gets 0, and gradients of 0.
 HIDDEN, LEAST = float(jnp.finfo(jnp.float32).min), -1e30
-# Name of the output and log-sum-exp, for rematerialization policies.
-SEEN = 'seen'
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -92,9 +89,8 @@ def _forward(q, k, v, sight, scale, softcap):
   one = y[..., :1]
   y, m, total = jax.lax.fori_loop(0, sight.count, step, (y, one + LEAST, one))
   total = jnp.where(total > 0, total, 1)
-  y = checkpoint_name(_join((y / total).astype(q.dtype), q.shape), SEEN)
-  logsumexp = checkpoint_name(m + jnp.log(total), SEEN)
-  return y, (q, k, v, sight, y, logsumexp)
+  y = _join((y / total).astype(q.dtype), q.shape)
+  return y, (q, k, v, sight, y, m + jnp.log(total))
 
 
 def _backward(scale, softcap, residuals, dy):

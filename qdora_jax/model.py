@@ -29,7 +29,6 @@ from jax.sharding import Mesh
 
 from qdora_jax.attention import Form, attention
 from qdora_jax.dora import NORM
-from qdora_jax.flash import SEEN
 from qdora_jax.linear import PRODUCT, linear
 from qdora_jax.lora import LOW
 from qdora_jax.rope import Rope, angles, rotate
@@ -48,9 +47,7 @@ _ACTIVATIONS = {
 # What the backward pass finds of a layer, beside its parameters.
 _BLOCK_INPUT = 'block_input'
 _POLICIES = {
-  'dots': jax.checkpoint_policies.save_only_these_names(
-    PRODUCT, LOW, NORM, SEEN
-  ),
+  'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT, LOW, NORM),
   'block': jax.checkpoint_policies.save_only_these_names(NORM),
   'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[NORM],
