@@ -160,10 +160,40 @@ def _multiply(
   rows: tuple[jax.Array, ...], w: jax.Array, out: jnp.dtype
 ) -> tuple[jax.Array, ...]:
   """row @ w for each, multiplied in w's dtype."""
-  return tuple(
-    jnp.matmul(row.astype(w.dtype), w, preferred_element_type=out)
-    for row in rows
-  )
+  return tuple(product(row.astype(w.dtype), w, out) for row in rows)
+
+
+def product(x: jax.Array, w_IxO: jax.Array, out: jnp.dtype) -> jax.Array:
+  """x @ w in dtype `out`; forward and backward multiplied in their own dtype.
+
+  Automatic differentiation would multiply what comes back as it comes, in
+  `out`: for float32 sums of 16-bit products in float32, and w with it.
+
+  Args:
+    x: [..., I].
+    w_IxO: in x's dtype.
+    out: of the result [..., O].
+  """
+  return x @ w_IxO if out == w_IxO.dtype else _wider(jnp.dtype(out), x, w_IxO)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wider(out: jnp.dtype, x: jax.Array, w_IxO: jax.Array) -> jax.Array:
+  return jnp.matmul(x, w_IxO, preferred_element_type=out)
+
+
+def _wider_forward(out, x, w_IxO):
+  return _wider(out, x, w_IxO), (x, w_IxO)
+
+
+def _wider_backward(out, kept, d_y):
+  x, w_IxO = kept
+  d_y = d_y.astype(w_IxO.dtype)
+  tokens = tuple(range(x.ndim - 1))
+  return d_y @ w_IxO.T, jnp.tensordot(x, d_y, (tokens, tokens))
+
+
+_wider.defvjp(_wider_forward, _wider_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from qdora_jax.attention import Form, attention
 from qdora_jax.dora import NORM
-from qdora_jax.linear import PRODUCT, linear
+from qdora_jax.linear import PRODUCT, linear, product
 from qdora_jax.lora import LOW
 from qdora_jax.rope import Rope, angles, rotate
 from qdora_jax.sharding import by_batch
@@ -366,9 +366,7 @@ class Decoder(nn.Module):
     c = self.config
     if c.tied:
       table = self.embed.embedding.astype(x_BxLxD.dtype)
-      logits = jnp.einsum(
-        'bld,vd->blv', x_BxLxD, table, preferred_element_type=jnp.float32
-      )
+      logits = product(x_BxLxD, table.T, jnp.float32)
     else:
       logits = self.lm_head(x_BxLxD).astype(jnp.float32)
     logits = c.logits_scale * logits

@@ -1,11 +1,15 @@
 """The seam: what is saved, how often W is read, what gradients are."""
 
+import collections
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qdora_jax import DoraWeight, LoraWeight, dora, linear, materialize, nf4
+from qdora_jax.linear import product
 
 I, O, R = 128, 96, 4  # noqa: E741
 
@@ -312,3 +316,53 @@ def test_the_factored_norm_has_no_temporary_of_the_weights_size():
   w = w.replace(detach=False)
   assert temporary(w) < 2 * size * size
   assert temporary(w.replace(factored=False)) >= 4 * size * size
+
+
+def products_by_type(f, *args) -> dict[str, int]:
+  """Products of matrices by the types of what they multiply."""
+  text = jax.jit(f).lower(*args).as_text()
+  kinds = re.findall(r'dot_general.* : \(tensor<[\dx]+(\w+)>, ', text)
+  return collections.Counter(kinds)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_sixteen_bits_are_multiplied_as_such_both_ways(kind):
+  """Products come in float32; what comes back to them must not stay so."""
+  x = normal(4, 9, I).astype(jnp.bfloat16)
+
+  def sixteen(w):
+    if kind != 'plain':
+      return w
+    return w.replace(base=w.base.astype(jnp.bfloat16))
+
+  lora_, dora_ = (
+    sixteen(lora_weight(kind)),
+    sixteen(with_norm(dora_weight(kind))),
+  )
+
+  def loss(x, a, b, w):
+    y = linear(x, w.replace(lora_a=a, lora_b=b))
+    return jnp.sum(y.astype(jnp.float32) ** 2)
+
+  def gradients(w):
+    three = jax.grad(loss, (0, 1, 2))
+    return products_by_type(three, x, w.lora_a, w.lora_b, w)
+
+  # Forward: x W, x A, (x A) B; backward: two for each that has two factors.
+  assert gradients(lora_) == {'bf16': 3 + 1 + 2 + 2}
+  # And of the norm, in float32 throughout: A^T A, and that by B.
+  assert gradients(dora_) == {'bf16': 9, 'f32': 2}
+
+
+def test_a_wider_product_has_the_gradients_of_a_plain_one():
+  x, w = normal(4, 2, 5, I), normal(0, I, O) * 0.1
+
+  def loss(multiply, x, w):
+    return jnp.sum(jnp.sin(multiply(x, w)))
+
+  half = x.astype(jnp.float16), w.astype(jnp.float16)
+  got = jax.grad(loss, (1, 2))(lambda x, w: product(x, w, jnp.float32), *half)
+  exact = jax.grad(loss, (1, 2))(jnp.matmul, x, w)
+  for mine, its in zip(got, exact, strict=True):
+    assert mine.dtype == jnp.float16
+    close(mine.astype(jnp.float32), its, 5e-3)

@@ -165,6 +165,25 @@ def test_logits_are_never_whole(tied):
   assert saved > 0.9 * 4 * (16 * 32 - chunk) * config.vocab
 
 
+@pytest.mark.parametrize('tied', [True, False])
+def test_a_head_in_sixteen_bits_is_multiplied_in_them(tied):
+  """Both ways: its gradient's product would take it to float32 as a whole."""
+  model, _, _ = tiny.loaded(tied=tied)
+  config = dataclasses.replace(model.config, vocab=1111)
+  model, batch = Decoder(config, jnp.bfloat16), batch_of(2, 16)
+  params = model.init(jax.random.key(0), batch['tokens'])['params']
+  params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+  adapter = init_adapter(jax.random.key(1), params, AdapterSpec('lora'))
+
+  def loss(adapter, params):
+    return summed_loss(model, attach(params, adapter), batch)
+
+  text = jax.jit(jax.grad(loss)).lower(adapter, params).as_text()
+  products = re.findall(r'dot_general.* : \((.*)\)', text)
+  heads = [operands for operands in products if '1111' in operands]
+  assert len(heads) == 2 and 'f32' not in ''.join(heads)
+
+
 def test_a_frozen_head_gets_no_gradient():
   """Neither computed nor carried: no scan gives an array of its size."""
   model, base, trained = trained_parts('adapter alone, own head')
