@@ -2,12 +2,13 @@
 
 It is JAX's own cache (https://docs.jax.dev/en/latest/persistent_compilation_cache.html),
 which knows programs by what they are, on what device and by which version; what
-comes out of it is the same program, and gives the same bits.
+comes out of it is the same program, and gives the same bits. Given a bound, it
+locks its folder, so that no run reads what another is still writing.
 """
 
 import os
-import tempfile
 
+import filelock
 import jax
 
 from qdora_jax.interop.pypi import default_cache
@@ -15,6 +16,8 @@ from qdora_jax.interop.pypi import default_cache
 # Programs that took less are compiled again: there are many of them, and JAX's
 # own limit, one second, leaves out most of a small model's.
 SECONDS = 0.1
+# Bytes of all programs; beyond them those go that were not used for longest.
+MOST = 2**30
 
 
 def keep() -> None:
@@ -22,8 +25,8 @@ def keep() -> None:
 
   Before JAX compiles its first one. Whoever has told JAX otherwise is heard:
   by JAX_COMPILATION_CACHE_DIR, another folder; by
-  JAX_ENABLE_COMPILATION_CACHE=false, none. Where the folder cannot be written
-  nothing is kept.
+  JAX_ENABLE_COMPILATION_CACHE=false, none. Where the folder cannot be written,
+  or its file system knows no locks, nothing is kept.
   """
   config = jax.config
   if config.jax_compilation_cache_dir is not None:
@@ -33,10 +36,11 @@ def keep() -> None:
   folder = default_cache() / 'compiled'
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
+    with filelock.FileLock(folder / '.lockfile', timeout=10):
       pass
-  except OSError:
+  except (OSError, NotImplementedError):
     return
   config.update('jax_compilation_cache_dir', str(folder))
+  config.update('jax_compilation_cache_max_size', MOST)
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
     config.update('jax_persistent_cache_min_compile_time_secs', SECONDS)

@@ -34,6 +34,7 @@ KEYS = (
   'jax_compilation_cache_dir',
   'jax_persistent_cache_min_compile_time_secs',
   'jax_enable_compilation_cache',
+  'jax_compilation_cache_max_size',
 )
 
 
@@ -72,6 +73,40 @@ def test_programs_are_kept_and_taken_again(settings, tmp_path, monkeypatch):
   assert events.count('/jax/compilation_cache/cache_misses') == 1
   assert events.count('/jax/compilation_cache/cache_hits') == 1
   np.testing.assert_array_equal(*results)
+
+
+def test_what_is_kept_has_a_bound(settings, tmp_path, monkeypatch):
+  monkeypatch.setattr(compiled, 'SECONDS', 0.0)
+  folder = tmp_path / 'cache' / 'compiled'
+
+  def kept():
+    return {path.name for path in folder.glob('*-cache')}
+
+  def make(number):
+    before = kept()
+    jax.jit(lambda x: x + number)(np.ones(3, np.float32))
+    return kept() - before
+
+  compiled.keep()
+  first = make(20261124.5)
+  size = sum(path.stat().st_size for path in folder.glob('*-cache'))
+  assert len(first) == 1
+  monkeypatch.setattr(compiled, 'MOST', int(1.5 * size))
+  jax.config.update('jax_compilation_cache_dir', None)
+  compilation_cache.reset_cache()
+  compiled.keep()
+  # The next one takes the first one's place.
+  second = make(20261125.5)
+  assert len(second) == 1 and kept() == second
+
+
+def test_a_folder_without_locks_keeps_nothing(settings, monkeypatch):
+  def refuse(*_):
+    raise NotImplementedError('FileSystem does not appear to support flock')
+
+  monkeypatch.setattr(compiled.filelock.FileLock, 'acquire', refuse)
+  compiled.keep()
+  assert settings() is None
 
 
 def test_who_told_jax_otherwise_is_heard(settings, tmp_path, monkeypatch):

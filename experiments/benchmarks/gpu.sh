@@ -88,9 +88,9 @@ check() {
 if [[ $tiny ]]; then
   check 'reference or edges'
   bench nf4 20 --shapes 64x64 --rows 1,16 --rounds 2 --turn 0
-  bench step 60 --model tiny --sequence 32 --rounds 2 --methods QLoRA,QDoRA
+  bench step 60 --model tiny --sequence 32 --rounds 2 --methods QDoRA
   bench decode 60 --model tiny --tokens 3 --batches 1 --rounds 2 \
-    --methods QLoRA,QDoRA
+    --methods QDoRA
   bench large 60 tiny 64
 else
   check "$golden"
