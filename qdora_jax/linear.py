@@ -174,26 +174,28 @@ def product(x: jax.Array, w_IxO: jax.Array, out: jnp.dtype) -> jax.Array:
     w_IxO: in x's dtype.
     out: of the result [..., O].
   """
-  return x @ w_IxO if out == w_IxO.dtype else _wider(jnp.dtype(out), x, w_IxO)
+  return _product(jnp.dtype(out), x, w_IxO)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wider(out: jnp.dtype, x: jax.Array, w_IxO: jax.Array) -> jax.Array:
+def _product(out: jnp.dtype, x: jax.Array, w_IxO: jax.Array) -> jax.Array:
   return jnp.matmul(x, w_IxO, preferred_element_type=out)
 
 
-def _wider_forward(out, x, w_IxO):
-  return _wider(out, x, w_IxO), (x, w_IxO)
+def _product_forward(out, x, w_IxO):
+  return _product(out, x, w_IxO), (x, w_IxO)
 
 
-def _wider_backward(out, kept, d_y):
+def _product_backward(out, kept, d_y):
   x, w_IxO = kept
   d_y = d_y.astype(w_IxO.dtype)
   tokens = tuple(range(x.ndim - 1))
+  # Automatic differentiation would find the latter transposed, by a transposed
+  # copy of d_y, which XLA's CPU makes anew from all that d_y is made of.
   return d_y @ w_IxO.T, jnp.tensordot(x, d_y, (tokens, tokens))
 
 
-_wider.defvjp(_wider_forward, _wider_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
