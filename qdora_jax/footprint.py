@@ -258,8 +258,8 @@ def _kept(job: Job) -> tuple[int, int]:
 # what the forward pass kept (read off XLA's buffers), by remat: (in float32, in
 # the compute dtype). Adapted kernels' products come in float32.
 _WIDE = {
-  'full': {'block': (0, 5), 'dots': (0, 3), 'none': (0, 3)},
-  'lora': {'block': (2, 7), 'dots': (0, 6), 'none': (0, 3)},
+  'full': {'block': (0, 4), 'dots': (0, 3), 'none': (0, 3)},
+  'lora': {'block': (2, 6), 'dots': (0, 6), 'none': (0, 3)},
   'dora': {'block': (4, 8), 'dots': (0, 6), 'none': (0, 6)},
 }
 # Arrays [H, L, L] of float32: what the backward pass of attention makes of the

@@ -190,9 +190,11 @@ def _product_backward(out, kept, d_y):
   x, w_IxO = kept
   d_y = d_y.astype(w_IxO.dtype)
   tokens = tuple(range(x.ndim - 1))
-  # Automatic differentiation would find the latter transposed, by a transposed
+  # w.T would be another array: under FSDP gathered once more.
+  d_x = jnp.einsum('...o,io->...i', d_y, w_IxO)
+  # Automatic differentiation would find this one transposed, by a transposed
   # copy of d_y, which XLA's CPU makes anew from all that d_y is made of.
-  return d_y @ w_IxO.T, jnp.tensordot(x, d_y, (tokens, tokens))
+  return d_x, jnp.tensordot(x, d_y, (tokens, tokens))
 
 
 _product.defvjp(_product_forward, _product_backward)
