@@ -7,6 +7,7 @@ locks its folder, so that no run reads what another is still writing.
 """
 
 import os
+from pathlib import Path
 
 import filelock
 import jax
@@ -37,10 +38,23 @@ def keep() -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / '.lockfile', timeout=10):
-      pass
+      _clear(folder)
   except (OSError, NotImplementedError):
     return
   config.update('jax_compilation_cache_dir', str(folder))
-  config.update('jax_compilation_cache_max_size', MOST)
+  if 'JAX_COMPILATION_CACHE_MAX_SIZE' not in os.environ:
+    config.update('jax_compilation_cache_max_size', MOST)
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
     config.update('jax_persistent_cache_min_compile_time_secs', SECONDS)
+
+
+def _clear(folder: Path) -> None:
+  """Removes programs that JAX began to write and was killed over.
+
+  It writes the time of use last. What has none may be cut short, and is an error
+  at every start; nobody writes while we have the lock.
+  """
+  for program in folder.glob('*-cache'):
+    used = program.with_name(program.name.removesuffix('-cache') + '-atime')
+    if not used.exists():
+      program.unlink()

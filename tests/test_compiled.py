@@ -100,6 +100,33 @@ def test_what_is_kept_has_a_bound(settings, tmp_path, monkeypatch):
   assert len(second) == 1 and kept() == second
 
 
+def test_a_program_cut_short_is_made_anew(settings, tmp_path, monkeypatch):
+  monkeypatch.setattr(compiled, 'SECONDS', 0.0)
+  folder = tmp_path / 'cache' / 'compiled'
+
+  def run(number):
+    x = np.ones(3, np.float32)
+    return float(jax.jit(lambda x: (x + number).sum())(x))
+
+  def keep():
+    jax.config.update('jax_compilation_cache_dir', None)
+    compilation_cache.reset_cache()
+    compiled.keep()
+
+  keep()
+  first = run(0.25)
+  (program,) = folder.glob('*-cache')
+  whole = program.read_bytes()
+  program.write_bytes(whole[:-9])
+  (used,) = folder.glob('*-atime')
+  used.unlink()
+  # Warnings are errors here: of reading it, and of writing beside it.
+  keep()
+  assert not program.exists()
+  assert (run(0.25), run(0.5)) == (first, first + 0.75)
+  assert program.exists() and len(list(folder.glob('*-cache'))) == 2
+
+
 def test_a_folder_without_locks_keeps_nothing(settings, monkeypatch):
   def refuse(*_):
     raise NotImplementedError('FileSystem does not appear to support flock')
