@@ -51,8 +51,8 @@ def keep() -> None:
 def _clear(folder: Path) -> None:
   """Removes programs that JAX began to write and was killed over.
 
-  It writes the time of use last. What has none may be cut short, and is an error
-  at every start; nobody writes while we have the lock.
+  It writes the time of use last. What has none may be cut short, and would be a
+  warning at every start; nobody writes while we have the lock.
   """
   for program in folder.glob('*-cache'):
     used = program.with_name(program.name.removesuffix('-cache') + '-atime')

@@ -110,10 +110,11 @@ def _thin(
   """s (x A) B.
 
   Its derivative is written out for what automatic differentiation leaves to
-  chance. The gradients of A and B come as they are stored, summed in float32
-  (found transposed, they cost a copy of x and of what came back); and what came
-  back meets s behind the thin products, so that it stays the array that the
-  product with the base is given, too. s is constant.
+  chance. The gradients of A and B are summed in float32, and copy R numbers a
+  token and no more: XLA's CPU copies the left one of two factors transposed, so
+  A's is found transposed, and a barrier keeps XLA from turning it back. What
+  came back meets s behind the thin products, so that it stays the array that
+  the product with the base is given, too. s is constant.
   """
   return _thin_forward(x, a_IxR, b_RxO, scale)[0]
 
@@ -138,10 +139,8 @@ def _thin_backward(kept, d_y):
     )
 
   d_x = d_low @ a_IxR.astype(x.dtype).T
-  d_a, d_b = (
-    jax.lax.optimization_barrier(gradient(d_low, x)).T,
-    scale * gradient(low, d_y),
-  )
+  d_a = jax.lax.optimization_barrier(gradient(d_low, x)).T
+  d_b = scale * gradient(low, d_y)
   return d_x, d_a.astype(a_IxR.dtype), d_b.astype(b_RxO.dtype), None
 
 

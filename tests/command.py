@@ -75,7 +75,7 @@ class Command:
       'JAX_PLATFORMS': 'cpu',
       'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
       'JAX_ENABLE_COMPILATION_CACHE': 'true',
-      'JAX_COMPILATION_CACHE_DIR': str(self.folder / 'compiled'),
+      'QDORA_CACHE': str(self.folder / 'cache'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',

@@ -228,6 +228,20 @@ def test_thirty_layers_are_no_longer_a_program_than_two(method):
   assert lines[0] == lines[1] > 100
 
 
+def test_thirty_layers_adapters_are_drawn_by_no_longer_a_program_than_two():
+  def lines(layers):
+    base = footprint.trees(Job(decoder(layers=layers))).base
+    spec = AdapterSpec('dora', rank=4)
+
+    def draw(key, base):
+      return init_adapter(key, base, spec)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.jit(draw).lower(key, base).as_text().count('\n')
+
+  assert lines(2) == lines(30)
+
+
 @pytest.mark.parametrize(
   'case',
   [

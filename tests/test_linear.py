@@ -366,3 +366,17 @@ def test_a_wider_product_has_the_gradients_of_a_plain_one():
   for mine, its in zip(got, exact, strict=True):
     assert mine.dtype == jnp.float16
     close(mine.astype(jnp.float32), its, 5e-3)
+
+
+@pytest.mark.parametrize('kind', ['plain', 'nf4'])
+def test_an_adapters_gradient_copies_no_activation_transposed(kind):
+  """From the compiled program: XLA's CPU makes such a copy from the start."""
+  x, w = normal(4, 4, 50, I), lora_weight(kind)
+
+  def loss(x, a, b):
+    y = linear(jnp.tanh(x), w.replace(lora_a=a, lora_b=b))
+    return jnp.sum(jnp.sin(y))
+
+  gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+  text = gradients.lower(x, w.lora_a, w.lora_b).compile().as_text()
+  assert not re.findall(rf'= f32\[(?:{I}|{O}),200\]', text)
