@@ -1,6 +1,7 @@
 """Plans: exact trees, the compiler's count, published figures, bad input."""
 
 import dataclasses
+import re
 import runpy
 from pathlib import Path
 
@@ -244,6 +245,27 @@ def test_65b_in_48_gb(method):
   # Rank 16 needs no paging.
   made = plan(published('llama-65b', adapter=AdapterSpec(method, rank=16)))
   assert made.total < 48 * GB
+
+
+def test_the_readme_has_these_figures():
+  readme = (Path(__file__).parents[1] / 'README.md').read_text()
+  cards = {'fsdp': 2, 'batch': 2, 'remat': 'offload', 'paged': True}
+  jobs = {
+    'LLaMA-65B, QLoRA, rank 64': published(
+      'llama-65b', adapter=AdapterSpec('lora', rank=64), paged=True
+    ),
+    'LLaMA-65B, QDoRA, the same': published(
+      'llama-65b', adapter=AdapterSpec('dora', rank=64), paged=True
+    ),
+    'LLaMA-65B, QDoRA, rank 16': published('llama-65b'),
+    'Llama-3-8B, QDoRA': published('llama-3-8b', seq_len=2048),
+    'the same with 32,768 tokens': published('llama-3-8b', seq_len=32768),
+    'Llama-3-70B, QDoRA': published('llama-3-70b', **cards),
+  }
+  for words, job in jobs.items():
+    (row,) = re.findall(rf'^\| {words}.*', readme, re.MULTILINE)
+    (planned,) = re.findall(r'\| ([\d.]+) (?:of|GB)', row)
+    assert float(planned) == pytest.approx(plan(job).total / GB, abs=0.051), row
 
 
 def test_65b_full_fine_tuning():
