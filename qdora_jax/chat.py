@@ -9,33 +9,18 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from qdora_jax import prompts
 from qdora_jax.interop import template
+from qdora_jax.prompts import Format, Parts
 from qdora_jax.rows import Row
 
 Chat = list[dict[str, str]]
-Parts = list[tuple[str, bool]]
 # Rows whose chats are rendered at a time.
 _ROWS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-  """How rows become text.
-
-  Attributes:
-    template: 'chat' puts a prompt and its completion into the model's chat
-      template, 'plain' joins them as they are.
-    system: the system message of a chat; '' leaves it to the template.
-    instruction: stands in a line of its own after each prompt.
-  """
-
-  template: Literal['chat', 'plain'] = 'chat'
-  system: str = ''
-  instruction: str = ''
 
 
 # The model's own chat template, and nothing else.
@@ -121,9 +106,7 @@ def encode_rows(
     with contextlib.closing(_render(tokenizer, asked)) as texts:
       for row, chat in zip(rows, chats, strict=True):
         if chat is None:
-          ask = [(_ask(row, form), False)] if row.form != ('text',) else []
-          parts = [*ask, (row.values[row.form[-1]], True)]
-          yield [_example(tokenizer, parts, bos(tokenizer))]
+          yield [_example(tokenizer, prompts.said(row, form), bos(tokenizer))]
           continue
         every = _turns(chat, texts, row.place)
         split = len(every) > 1
@@ -139,7 +122,7 @@ def _checked(row: Row, form: Format) -> Chat | None:
   if chat is not None:
     said = [turn['content'] for turn in chat if turn['role'] == 'assistant']
   else:
-    said = [row.values[row.form[-1]]]
+    said = [text for text, learned in prompts.said(row, form) if learned]
   if not ''.join(said).strip():
     roles = ', '.join(turn['role'] for turn in chat or ())
     raise ValueError(
@@ -169,26 +152,23 @@ def _example(
 
 def whole(row: Row, form: Format) -> Chat | None:
   """A row as a chat, answers included; None if it is plain text."""
+  if row.form == ('messages',) and form.template == 'guanaco':
+    return None
   if row.form == ('messages',):
     turns = [dict(turn) for turn in row.values['messages']]
     if form.system and turns[0]['role'] != 'system':
       turns.insert(0, {'role': 'system', 'content': form.system})
     return turns
-  if row.form == ('text',) or form.template == 'plain':
+  if row.form == ('text',) or form.template != 'chat':
     return None
   answer = {'role': 'assistant', 'content': row.values['completion']}
-  return [*opening(_ask(row, form), form), answer]
+  return [*opening(prompts.prompt(row, form), form), answer]
 
 
 def opening(prompt: str, form: Format) -> Chat:
   """A chat that begins with a prompt."""
   system = [{'role': 'system', 'content': form.system}] if form.system else []
   return [*system, {'role': 'user', 'content': prompt}]
-
-
-def _ask(row: Row, form: Format) -> str:
-  prompt = row.values['prompt']
-  return f'{prompt}\n{form.instruction}' if form.instruction else prompt
 
 
 def question_ids(
@@ -205,9 +185,10 @@ def question_ids(
   chat = whole(row, form)
   if chat is None:
     solved = [
-      f'{_ask(shot, form)}{shot.values["completion"]}\n\n' for shot in shots
+      ''.join(text for text, _ in [*prompts.said(shot, form), ('\n\n', False)])
+      for shot in shots
     ]
-    text = ''.join([*solved, _ask(row, form)])
+    text = ''.join([*solved, prompts.asked(row, form)])
     return bos(tokenizer) + _ids(tokenizer, text)
   *asked, _ = chat
   system = [turn for turn in asked[:1] if turn['role'] == 'system']

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from qdora_jax.attention import Form
-from qdora_jax.chat import Format
 from qdora_jax.model import Remat
 from qdora_jax.paged import Paged
+from qdora_jax.prompts import Format, Template
 from qdora_jax.rows import FORMS
 from qdora_jax.specs import AdapterSpec, Init, QuantSpec
 
@@ -42,7 +42,7 @@ class DataSection:
   eval_path: str
   fields: Mapping[str, str]
   options: Mapping[str, Any]
-  template: Literal['chat', 'plain']
+  template: Template
   instruction: str
   system: str
   answer_pattern: str

@@ -6,7 +6,9 @@ A row is a mapping that says what to learn in one of three ways:
   {'prompt': ..., 'completion': ...}                      the completion
   {'text': ...}                                           all of it
 
-Whatever is wrong with a row is reported with its place: file and line.
+A source 'TASK:FILE' has records of a benchmark, see tasks.py, and rows are what
+it makes of them. Whatever is wrong with a row is reported with its place: file
+and line.
 """
 
 import dataclasses
@@ -19,11 +21,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qdora_jax import paths
+from qdora_jax import paths, tasks
 from qdora_jax.interop import reasoning_gym
 
 FORMS = (('messages',), ('prompt', 'completion'), ('text',))
-SUFFIXES = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.parquet')
+SUFFIXES = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.parquet', '.txt')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +129,9 @@ def read(
   """All rows of a file or of a hub data set.
 
   Args:
-    source: a file that ends in one of SUFFIXES, or 'hub:OWNER/NAME'. A .json
-      file holds one list or one object a line.
+    source: a file that ends in one of SUFFIXES, or 'hub:OWNER/NAME'; with
+      'TASK:' before it, records of a benchmark. A .json file holds one list or
+      one object a line, a .txt file one text.
     fields: {'prompt': 'question'} takes the row's field 'question' as prompt.
     options: for hub data: keywords of `datasets.load_dataset`; the split is
       'train' unless they say otherwise.
@@ -136,8 +139,10 @@ def read(
   Raises:
     FileNotFoundError: if there is no such file or hub data set.
     ImportError: if Parquet or the hub needs the extra `hf`.
-    ValueError: naming file and line, if something is not what it should be.
+    ValueError: naming file and line, if something is not what it should be; for
+      a task that there is not.
   """
+  name, source = tasks.split(source)
   if source.startswith('hub:'):
     rows = _hub(source.removeprefix('hub:'), dict(options or {}))
   elif not source.endswith(SUFFIXES):
@@ -149,9 +154,13 @@ def read(
     raise FileNotFoundError(f'{source}: no such file{paths.beside(source)}')
   elif source.endswith('.parquet'):
     rows = _parquet(source)
+  elif source.endswith('.txt'):
+    rows = [Row({'text': _text(source)}, source)]
   else:
     rows = _json(source)
   rows = [_renamed(row, fields or {}) for row in rows]
+  if name:
+    rows = [made for row in rows for made in _of_task(row, name)]
   if not rows:
     raise ValueError(
       f'{source} is empty: there is not one row in it; expected one object a '
@@ -160,11 +169,32 @@ def read(
   return rows
 
 
-def _json(source: str) -> list[Row]:
+def _of_task(row: Row, name: str) -> list[Row]:
+  """What a task makes of a record."""
+  task = tasks.find(name)
+  try:
+    made = list(task.rows(row.values))
+  except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    raise ValueError(
+      f'{row.place} is no record of the task {name} ({type(error).__name__}: '
+      f'{error}); it has {", ".join(map(repr, row.values)) or "nothing"}'
+    ) from error
+  return [
+    Row(
+      values,
+      row.place if len(made) == 1 else f'{row.place}:{n}',
+      functools.partial(task.score, values),
+    )
+    for n, values in enumerate(made, 1)
+  ]
+
+
+def _text(source: str) -> str:
+  """What a file holds, gzip or not."""
   opener = gzip.open if source.endswith('.gz') else open
   try:
     with opener(source, 'rt', encoding='utf-8-sig') as file:
-      text = file.read()
+      return file.read()
   except (gzip.BadGzipFile, zlib.error, EOFError) as error:
     raise ValueError(
       f'{source}: not a whole gzip file ({error}); copy or download it again'
@@ -175,6 +205,10 @@ def _json(source: str) -> list[Row]:
       f'{source}: not UTF-8 text, from line {line} on ({error}); convert it, '
       'as with iconv -t utf-8'
     ) from error
+
+
+def _json(source: str) -> list[Row]:
+  text = _text(source)
   if text.lstrip().startswith('['):
     values = _parse(text, source, 0)
     return [_row(value, f'{source}[{n}]') for n, value in enumerate(values)]

@@ -266,7 +266,7 @@ class Run:
   ) -> str:
     """Answers a prompt; raw: continues it, with no chat template around it."""
     form = self.config.data.format()
-    if raw or form.template == 'plain':
+    if raw or form.template != 'chat':
       ids = self.tokenizer.encode(prompt)
     else:
       ids = chat.prompt_ids(self.tokenizer, chat.opening(prompt, form))

@@ -30,7 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict(convert_dict=False)
   # 'reasoning_gym/TASK', or 'hub:OWNER/NAME' for Hugging Face data sets.
   config.data.name = 'reasoning_gym/chain_sum'
-  # A file instead: .jsonl, .json (both also .gz) or .parquet.
+  # A file instead: .jsonl, .json (both also .gz), .parquet or .txt. 'boolq:FILE'
+  # has records of a benchmark, see qdora_jax/tasks.py.
   config.data.path = ''
   # Several instead, by their share of the examples: {'a.jsonl': 3, 'b.json': 1}
   # - a source is anything that name or path may be.
@@ -43,7 +44,8 @@ def get_config() -> ml_collections.ConfigDict:
   # The task's own options, or those of datasets.load_dataset.
   config.data.options = {}
   # 'chat' puts a prompt and its completion into the model's chat template,
-  # 'plain' joins them as they are.
+  # 'plain' joins them as they are; for base models 'alpaca', 'guanaco' and
+  # 'llm_adapters' (the DoRA paper's for commonsense).
   config.data.template = 'chat'
   # Stands after each question, so that the answer's format is known before any
   # training.

@@ -1,0 +1,344 @@
+"""Benchmarks: how the records of a data set are posed, and what is right.
+
+A source 'boolq:FILE' (or 'boolq:hub:OWNER/NAME') is FILE read as records of the
+task boolq: wherever a config or `qdora evaluate` takes a file, it takes such a
+source. A task turns a record into a row with
+
+  prompt, completion    what is asked, and learned
+  context, choices, label    for the likelihood of each choice (where there are
+                        any): the choice follows its context, label is the index
+                        of the right one
+  references            texts that an answer is compared with (data to text)
+
+The eight commonsense tasks are posed as in the DoRA paper's code base, which
+took them from LLM-Adapters (Hu et al. 2023, arXiv 2304.01933): an instruction
+that ends in the answer's form, and 'the correct answer is option2' to learn.
+Scored is the first word of that form in what the model says, upper and lower
+case told apart: none is a wrong answer. Contexts of choices are those of
+lm-evaluation-harness.
+
+Numbers (GSM8K, Orca-Math): of what stands after the last '####', or of the
+whole answer without one, the last number counts, its commas and a closing point
+left out; right is what differs by at most 0.001, as in LLM-Adapters.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from qdora_jax import paths
+
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A benchmark.
+
+  Attributes:
+    rows: values of the rows that a record makes; KeyError for a field it has
+      not.
+    right: (answer, values of its row) -> is it right? None: exact match.
+    pattern: regex of an answer that has the form asked for.
+    max_new_tokens: as many as an answer may need.
+  """
+
+  rows: Callable[[Record], Iterable[dict[str, Any]]]
+  right: Callable[[str, Mapping[str, Any]], bool] | None = None
+  pattern: str = r'(?s).+'
+  max_new_tokens: int = 64
+
+  def score(self, values: Mapping[str, Any], answer: str) -> float:
+    """1 for a right answer to the row of some values."""
+    if self.right is None:
+      return float(answer.strip() == values['completion'].strip())
+    return float(self.right(answer, values))
+
+
+def find(name: str) -> Task:
+  """The task of a name.
+
+  Raises:
+    ValueError: for an unknown one, naming the nearest.
+  """
+  if name not in TASKS:
+    near = paths.near(name, TASKS)
+    hint = f'; near: {", ".join(near)}' if near else ''
+    raise ValueError(
+      f'no task {name!r}{hint}; tasks: {", ".join(sorted(TASKS))}'
+    )
+  return TASKS[name]
+
+
+def split(source: str) -> tuple[str, str]:
+  """('boolq', 'FILE') of 'boolq:FILE'; ('', source) without a task.
+
+  Raises:
+    ValueError: for a task that there is not.
+  """
+  name, colon, rest = source.partition(':')
+  if not colon or name == 'hub' or not re.fullmatch(r'\w{2,}', name):
+    return '', source
+  find(name)
+  return name, rest
+
+
+# --- Commonsense ---
+
+
+def _choices(record: Record) -> list[str]:
+  """The choices of a record, in this library's form or the hub's."""
+  if 'choices' in record:
+    found = record['choices']
+    return list(found['text'] if isinstance(found, Mapping) else found)
+  if 'endings' in record:
+    return list(record['endings'])
+  for names in (
+    ('sol1', 'sol2'),
+    ('option1', 'option2'),
+    ('answerA', 'answerB', 'answerC'),
+  ):
+    if names[0] in record:
+      return [record[name] for name in names]
+  raise KeyError('choices')
+
+
+def _label(record: Record) -> int:
+  """The index of the right choice."""
+  if 'answerKey' in record:
+    return list(record['choices']['label']).index(record['answerKey'])
+  if 'answerA' in record or 'option1' in record:
+    # Social IQa and WinoGrande count from 1.
+    key = 'label' if 'answerA' in record else 'answer'
+    return int(record[key]) - 1
+  if 'answer' in record:
+    return int(record['answer'])
+  return int(record['label'])
+
+
+def _stem(record: Record) -> str:
+  if 'question_stem' in record:
+    return record['question_stem']
+  return record['question']
+
+
+def _posed(
+  ask: str, word: str, options: Sequence[str], between: str, end: str
+) -> str:
+  """The instruction: the question, the options by number, the answer's form."""
+  heads = [f'{word}{n}' for n in range(1, len(options) + 1)]
+  listed = between.join(
+    f'{head}: {option}' for head, option in zip(heads, options, strict=True)
+  )
+  form = '/'.join(head.lower() for head in heads)
+  return f'{ask}\n\n{listed}{end}Answer format: {form}'
+
+
+def _row(prompt: str, answer: str, **values: Any) -> list[dict[str, Any]]:
+  completion = f'the correct answer is {answer}'
+  return [
+    {'prompt': prompt, 'completion': completion, 'answer': answer, **values}
+  ]
+
+
+def _boolq(record: Record) -> list[dict[str, Any]]:
+  question = record['question']
+  ask = 'Please answer the following question with true or false, question: '
+  context = f'Question: {question}?\nAnswer:'
+  if 'passage' in record:
+    context = f'{record["passage"]}\n{context}'
+  return _row(
+    f'{ask}{question}?\n\nAnswer format: true/false',
+    ('false', 'true')[_label(record)],
+    context=context,
+    choices=[' no', ' yes'],
+    label=_label(record),
+  )
+
+
+def _piqa(record: Record) -> list[dict[str, Any]]:
+  options, goal = _choices(record), record['goal']
+  ask = f'Please choose the correct solution to the question: {goal}'
+  return _row(
+    _posed(ask, 'Solution', options, '\n\n', '\n\n'),
+    f'solution{_label(record) + 1}',
+    context=f'Question: {goal}\nAnswer:',
+    choices=[f' {option}' for option in options],
+    label=_label(record),
+  )
+
+
+def _question(record: Record) -> list[dict[str, Any]]:
+  options, question = _choices(record), _stem(record)
+  context = f'Question: {question}\nAnswer:'
+  if 'context' in record:
+    # Social IQa.
+    question = f'{record["context"]} {question}'
+    context = f'Q: {question}\nA:'
+  elif 'question_stem' in record:
+    context = question
+  ask = f'Please choose the correct answer to the question: {question}'
+  return _row(
+    _posed(ask, 'Answer', options, ' ', '\n\n'),
+    f'answer{_label(record) + 1}',
+    context=context,
+    choices=[f' {option}' for option in options],
+    label=_label(record),
+  )
+
+
+def _openbookqa(record: Record) -> list[dict[str, Any]]:
+  return [{**row, 'context': _stem(record)} for row in _question(record)]
+
+
+def _hellaswag(record: Record) -> list[dict[str, Any]]:
+  options, text = _choices(record), record['ctx']
+  if 'activity_label' in record:
+    text = f'{record["activity_label"]}: {text}'
+  ask = (
+    'Please choose the correct ending to complete the given sentence: ' + text
+  )
+  return _row(
+    _posed(ask, 'Ending', options, ' ', '\n\n'),
+    f'ending{_label(record) + 1}',
+    context=text,
+    choices=[f' {option}' for option in options],
+    label=_label(record),
+  )
+
+
+def _winogrande(record: Record) -> list[dict[str, Any]]:
+  options, sentence = _choices(record), record['sentence']
+  ask = (
+    'Please choose the correct answer to fill in the blank to complete the '
+    f'given sentence: {sentence}'
+  )
+  before, _, after = sentence.partition('_')
+  return _row(
+    _posed(ask, 'Option', options, ' ', ' '),
+    f'option{_label(record) + 1}',
+    # The options differ in what comes before; the rest is what is likely.
+    context=[before + option for option in options],
+    choices=[f' {after.strip()}'] * len(options),
+    label=_label(record),
+  )
+
+
+def _choosing(
+  pose: Callable[[Record], list[dict[str, Any]]], words: str
+) -> Task:
+  """A commonsense task; words: regex of its answers."""
+
+  def rows(record: Record) -> list[dict[str, Any]]:
+    if 'instruction' not in record:
+      return pose(record)
+    # LLM-Adapters' own file.
+    return [
+      {
+        'prompt': record['instruction'],
+        'completion': record['output'],
+        'answer': record['answer'],
+      }
+    ]
+
+  def right(answer: str, values: Mapping[str, Any]) -> bool:
+    found = re.search(words, answer)
+    return found is not None and found[0] == values['answer']
+
+  return Task(rows, right, f'(?s).*({words}).*', 32)
+
+
+# --- Numbers ---
+
+_NUMBER = re.compile(r'-?\d+\.?\d*')
+
+
+def number(text: str) -> float | None:
+  """The number that a text gives as its answer; None if there is none."""
+  found = _NUMBER.findall(text.rpartition('####')[2].replace(',', ''))
+  return float(found[-1]) if found else None
+
+
+def _same_number(answer: str, values: Mapping[str, Any]) -> bool:
+  got, want = number(answer), number(values['completion'])
+  return got is not None and want is not None and abs(got - want) <= 1e-3
+
+
+def _gsm8k(record: Record) -> list[dict[str, Any]]:
+  # What the calculator was asked: <<48/2=24>>.
+  steps = re.sub(r'<<[^>]*>>', '', record['answer'])
+  return [{'prompt': record['question'], 'completion': steps}]
+
+
+def _orca_math(record: Record) -> list[dict[str, Any]]:
+  return [{'prompt': record['question'], 'completion': record['answer']}]
+
+
+# --- Instructions and conversations ---
+
+
+def _alpaca(record: Record) -> list[dict[str, Any]]:
+  given = record['input'] if 'input' in record else ''
+  ask = record['instruction']
+  row = {'prompt': ask, 'completion': record['output']}
+  if given:
+    # The template 'alpaca' keeps them apart.
+    row |= {'prompt': f'{ask}\n\n{given}', 'asked': ask, 'given': given}
+  return [row]
+
+
+_TURN = re.compile(r'### (Human|Assistant):')
+
+
+def _guanaco(record: Record) -> list[dict[str, Any]]:
+  """A conversation in the form '### Human: ...### Assistant: ...'."""
+  if 'output' in record:
+    text = f'{record["input"]} {record["output"]}'
+  else:
+    text = record['text']
+  _, *parts = _TURN.split(text)
+  turns = [
+    {'role': 'user' if who == 'Human' else 'assistant', 'content': said.strip()}
+    for who, said in zip(parts[::2], parts[1::2], strict=True)
+  ]
+  return [{'messages': turns}]
+
+
+# --- Data to text ---
+
+
+def _e2e(record: Record) -> list[dict[str, Any]]:
+  """Lines 'name : Blue Spice | area : riverside||A sentence .' of a text."""
+  found = []
+  for line in record['text'].splitlines():
+    fields, bars, sentence = line.partition('||')
+    if bars:
+      found.append({'prompt': fields.strip(), 'completion': sentence.strip()})
+  return found
+
+
+def grouped(some: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Rows of one prompt as one row with all their completions as references."""
+  groups: dict[str, dict[str, Any]] = {}
+  for values in some:
+    group = groups.setdefault(values['prompt'], {**values, 'references': []})
+    group['references'].append(values['completion'])
+  return list(groups.values())
+
+
+TASKS = {
+  'boolq': _choosing(_boolq, 'true|false'),
+  'piqa': _choosing(_piqa, 'solution1|solution2'),
+  'siqa': _choosing(_question, 'answer[1-5]'),
+  'hellaswag': _choosing(_hellaswag, 'ending[1-4]'),
+  'winogrande': _choosing(_winogrande, 'option1|option2'),
+  'arc_easy': _choosing(_question, 'answer[1-5]'),
+  'arc_challenge': _choosing(_question, 'answer[1-5]'),
+  'openbookqa': _choosing(_openbookqa, 'answer[1-5]'),
+  'gsm8k': Task(_gsm8k, _same_number, r'(?s).*####\s*-?[\d.,]+\s*', 256),
+  'orca_math': Task(_orca_math, _same_number, r'(?s).*\d.*', 512),
+  'alpaca': Task(_alpaca, max_new_tokens=256),
+  'guanaco': Task(_guanaco, max_new_tokens=256),
+  'e2e': Task(_e2e, max_new_tokens=64),
+}
