@@ -55,11 +55,15 @@ def summed_loss(
   head = {k: params[k] for k in ('embed', 'lm_head') if k in params}
   if not model.config.tied:
     del head['embed']
-  rows, learned = batch['labels'].shape
-  count = -(-learned // max(1, chunk // rows))
-  parts = (hidden, batch['labels'], batch['weights'])
-  parts = jax.tree.map(lambda a: _chunks(a, count), parts)
+  parts = in_chunks((hidden, batch['labels'], batch['weights']), chunk)
   return _in_chunks(model, head, *parts)
+
+
+def in_chunks(arrays: Any, chunk: int) -> Any:
+  """Arrays [B, C, ...] as [N, B, C / N, ...], `chunk` tokens in each of N."""
+  rows, learned = jax.tree.leaves(arrays)[0].shape[:2]
+  count = -(-learned // max(1, chunk // rows))
+  return jax.tree.map(lambda a: _chunks(a, count), arrays)
 
 
 def best_chunk(backend: str) -> int:

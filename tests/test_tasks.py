@@ -265,7 +265,7 @@ def test_a_conversation_in_guanacos_form():
   asked = chat.question_ids(tokenizer, row, form)
   assert tokenizer.decode(asked) == text.removesuffix(' farewell')
   odd = Row({'messages': [{'role': 'system', 'content': 'x'}]}, 'a.jsonl:3')
-  with pytest.raises(ValueError, match="a.jsonl:3.*no role 'system'"):
+  with pytest.raises(ValueError, match=r"a\.jsonl:3.*no role 'system'"):
     prompts.said(odd, form)
 
 
@@ -275,7 +275,9 @@ def test_unknown_tasks_and_records_of_others(tmp_path):
     out.write('{"question": "q", "label": 1}\n{"goal": "g"}\n')
   with pytest.raises(ValueError, match="no task 'bolq'; near: boolq"):
     rows.read(f'bolq:{file}')
-  with pytest.raises(ValueError, match=r'a\.jsonl\.gz:2 is no record of.*boolq'):
+  with pytest.raises(
+    ValueError, match=r'a\.jsonl\.gz:2 is no record of.*boolq'
+  ):
     rows.read(f'boolq:{file}')
   with pytest.raises(ValueError, match="'goal'"):
     rows.read(f'boolq:{file}')

@@ -30,8 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict(convert_dict=False)
   # 'reasoning_gym/TASK', or 'hub:OWNER/NAME' for Hugging Face data sets.
   config.data.name = 'reasoning_gym/chain_sum'
-  # A file instead: .jsonl, .json (both also .gz), .parquet or .txt. 'boolq:FILE'
-  # has records of a benchmark, see qdora_jax/tasks.py.
+  # A file instead: .jsonl, .json (both also .gz), .parquet or .txt.
+  # 'boolq:FILE' has records of a benchmark, see qdora_jax/tasks.py.
   config.data.path = ''
   # Several instead, by their share of the examples: {'a.jsonl': 3, 'b.json': 1}
   # - a source is anything that name or path may be.
