@@ -327,6 +327,8 @@ def grouped(some: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return list(groups.values())
 
 
+# Of rows that are no benchmark's.
+PLAIN = Task(lambda record: [dict(record)])
 TASKS = {
   'boolq': _choosing(_boolq, 'true|false'),
   'piqa': _choosing(_piqa, 'solution1|solution2'),

@@ -1,0 +1,255 @@
+"""A benchmark's score: a source of data, a model, and what is made of both.
+
+Three ways: by answers (generated, greedily, and judged by the task; beside
+references where the task has them), by the likelihood of choices, and by
+perplexity. Every figure has a 95% interval: Wilson's for shares, by resampling
+for others (of perplexity: of windows).
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from qdora_jax import chat, likelihood, nlg, rows, tasks
+from qdora_jax.evaluate import wilson
+from qdora_jax.generate import generate_text
+from qdora_jax.nlg import Measure
+from qdora_jax.prompts import Format
+from qdora_jax.rows import Row
+
+By = Literal['answers', 'likelihood', 'perplexity']
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a benchmark found.
+
+  Attributes:
+    source: as it was asked for.
+    by: how it was measured.
+    total: rows scored (windows of perplexity); available: rows there are.
+    measures: figures by name.
+    samples: (question, answer given, answer expected) of the first few.
+    notes: what a reader should know.
+    seconds: it took.
+  """
+
+  source: str
+  by: By
+  total: int
+  available: int
+  measures: dict[str, Measure]
+  samples: Sequence[Sequence[str]] = ()
+  notes: Sequence[str] = ()
+  seconds: float = 0.0
+
+  def __str__(self) -> str:
+    some = '' if self.total == self.available else f' of {self.available:,}'
+    head = f'{self.source}, by {self.by}, n={self.total:,}{some}:'
+    measures = [f'  {name}: {m}' for name, m in self.measures.items()]
+    return '\n'.join([head, *measures, *(f'  {note}' for note in self.notes)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What is measured: a model, and how it is spoken to."""
+
+  model: Any
+  params: Any
+  tokenizer: Any
+  form: Format = chat.CHAT
+
+
+def load(source: str, limit: int = 0, seed: int = 0) -> tuple[list[Row], int]:
+  """Rows of a benchmark, and how many there are.
+
+  Args:
+    source: 'TASK:FILE' or a file, see `rows.read`. Of the task e2e inputs are
+      rows, with all their references.
+    limit: so many at random; 0 for all.
+    seed: which.
+  """
+  found = rows.read(source)
+  if tasks.split(source)[0] == 'e2e':
+    groups = tasks.grouped([row.values for row in found])
+    found = [Row(g, f'{source}[{n}]') for n, g in enumerate(groups)]
+  if not limit or limit >= len(found):
+    return found, len(found)
+  chosen = np.random.default_rng(seed).permutation(len(found))[:limit]
+  return [found[n] for n in sorted(chosen)], len(found)
+
+
+def measure(
+  subject: Subject,
+  source: str,
+  by: By | None = None,
+  *,
+  limit: int = 0,
+  seed: int = 0,
+  shots: Sequence[Row] = (),
+  batch_size: int = 32,
+  max_new_tokens: int = 0,
+  length: int = 1024,
+  progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Result:
+  """Measures a model on a source.
+
+  Args:
+    subject: the model.
+    source: 'TASK:FILE' (see tasks.py), or a file of rows.
+    by: None: perplexity for a .txt file, answers for all else.
+    limit: rows taken, at random; 0 for all.
+    seed: which.
+    shots: rows shown with their answers before each question.
+    batch_size: prompts or texts read at once.
+    max_new_tokens: of an answer; 0 for what the task says.
+    length: tokens of a window of perplexity.
+    progress: wraps the iterable over batches.
+
+  Raises:
+    ValueError: if the source has nothing of the kind asked for.
+  """
+  began = time.perf_counter()
+  found, available = load(source, limit, seed)
+  name, file = tasks.split(source)
+  by = by or ('perplexity' if not name and file.endswith('.txt') else 'answers')
+  if by == 'likelihood':
+    result = _by_likelihood(subject, found, batch_size, progress)
+  elif by == 'perplexity':
+    result = _by_perplexity(subject, found, batch_size, length, progress)
+    available = result['total']
+  else:
+    task = tasks.find(name) if name else tasks.PLAIN
+    result = _by_answers(
+      subject,
+      found,
+      task,
+      shots,
+      batch_size,
+      max_new_tokens or task.max_new_tokens,
+      progress,
+    )
+  seconds = round(time.perf_counter() - began, 1)
+  return Result(source, by, available=available, seconds=seconds, **result)
+
+
+def _share(right: int, total: int) -> Measure:
+  return Measure(right / total, *wilson(right, total))
+
+
+def _by_likelihood(subject, found, batch_size, progress) -> dict[str, Any]:
+  chosen = likelihood.choose(
+    subject.model,
+    subject.params,
+    subject.tokenizer,
+    found,
+    batch_size=batch_size,
+    progress=progress,
+  )
+  labels = [row.values['label'] for row in found]
+  measures = {}
+  for way in ('by_sum', 'by_token', 'by_byte'):
+    right = sum(
+      getattr(one, way) == label
+      for one, label in zip(chosen, labels, strict=True)
+    )
+    measures[f'accuracy {way.replace("_", " ")}'] = _share(right, len(found))
+  return {'total': len(found), 'measures': measures}
+
+
+def _by_perplexity(
+  subject, found, batch_size, length, progress
+) -> dict[str, Any]:
+  text = '\n\n'.join(
+    row.values['text'] if row.form == ('text',) else row.question
+    for row in found
+  )
+  got = likelihood.perplexity(
+    subject.model,
+    subject.params,
+    subject.tokenizer,
+    text,
+    length=length,
+    batch_size=max(1, batch_size // 8),
+    progress=progress,
+  )
+  nats, tokens = np.array(got.nats), np.array(got.tokens)
+  words, size = got.words / tokens.sum(), got.bytes / tokens.sum()
+
+  def loss(at: np.ndarray) -> float:
+    return nats[at].sum() / tokens[at].sum()
+
+  ways = {
+    'perplexity by token': lambda at: float(np.exp(loss(at))),
+    'perplexity by word': lambda at: float(np.exp(loss(at) / words)),
+    'bits by byte': lambda at: float(loss(at) / size / np.log(2)),
+  }
+  measures = {name: nlg.bootstrap(f, len(nats)) for name, f in ways.items()}
+  return {
+    'total': len(nats),
+    'measures': measures,
+    'notes': [f'{tokens.sum():,} tokens in windows of {length}'],
+  }
+
+
+def _by_answers(
+  subject, found, task, shots, batch_size, max_new_tokens, progress
+) -> dict[str, Any]:
+  for row in found:
+    if row.answer is None:
+      raise ValueError(
+        f'{row.place} has no answer to compare with; expected a completion or '
+        "an assistant turn at the end (or by='perplexity')"
+      )
+  said: list[str] = []
+  for start in progress(range(0, len(found), batch_size)):
+    prompts = [
+      chat.question_ids(subject.tokenizer, row, subject.form, shots)
+      for row in found[start : start + batch_size]
+    ]
+    # A last batch of fewer would be another program.
+    fill = [prompts[-1]] * (min(batch_size, len(found)) - len(prompts))
+    texts = generate_text(
+      subject.model,
+      subject.params,
+      subject.tokenizer,
+      prompts + fill,
+      max_new_tokens,
+    )
+    said += [text.strip() for text in texts[: len(prompts)]]
+  samples = [
+    (row.question, answer, row.answer)
+    for row, answer in zip(found[:3], said, strict=False)
+  ]
+  notes: list[str] = []
+  if 'references' in found[0].values:
+    wanted = [row.values['references'] for row in found]
+    measures, notes = nlg.compare(said, wanted)
+  else:
+    pairs = list(zip(found, said, strict=True))
+    right = sum(row.score(answer) == 1 for row, answer in pairs)
+    formed = sum(re.fullmatch(task.pattern, a) is not None for a in said)
+    measures = {
+      'exact match': _share(right, len(found)),
+      'of the right form': _share(formed, len(found)),
+    }
+  return {
+    'total': len(found),
+    'measures': measures,
+    'samples': samples,
+    'notes': notes,
+  }
+
+
+def overlap(tested: Sequence[Row], trained: Iterable[Row]) -> int:
+  """Of how many rows the question was trained on, case and blanks aside."""
+
+  def bare(row: Row) -> str:
+    return ' '.join(row.question.lower().split())
+
+  seen = {bare(row) for row in trained}
+  return sum(bare(row) in seen for row in tested)

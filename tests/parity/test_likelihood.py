@@ -1,0 +1,1 @@
+"""Sampling beside transformers, windows and whole tasks beside lm_eval."""
