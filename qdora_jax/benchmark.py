@@ -20,6 +20,7 @@ from qdora_jax.generate import generate_text
 from qdora_jax.nlg import Measure
 from qdora_jax.prompts import Format
 from qdora_jax.rows import Row
+from qdora_jax.run import Run
 
 By = Literal['answers', 'likelihood', 'perplexity']
 
@@ -62,6 +63,49 @@ class Subject:
   params: Any
   tokenizer: Any
   form: Format = chat.CHAT
+
+
+def of_run(
+  run: Run,
+  source: str,
+  by: By | None = None,
+  *,
+  base: bool = False,
+  limit: int = 0,
+  seed: int = 0,
+  **options: Any,
+) -> Result:
+  """Measures a run's model, and says what of the source it was trained on.
+
+  Args:
+    run: the run.
+    source, by, limit, seed: as for `measure`.
+    base: takes its base without the adapter.
+    options: others of `measure`.
+
+  Raises:
+    ValueError: for the base of a full fine-tuning.
+  """
+  if base and not run.base:
+    raise ValueError(
+      f'{run.workdir} is a full fine-tuning, and does not keep its base; '
+      "expected an adapter's run"
+    )
+  params = run.base if base else run.params()
+  form = run.config.data.format()
+  subject = Subject(run.model, params, run.tokenizer, form)
+  found = measure(subject, source, by, limit=limit, seed=seed, **options)
+  if found.by == 'perplexity' or base:
+    return found
+  tested, _ = load(source, limit, seed)
+  try:
+    trained = [row for some in run.data.train.values() for row in some]
+  except (OSError, ValueError) as error:
+    note = f'whether it overlaps the training set is not known: {error}'
+  else:
+    seen = overlap(tested, trained)
+    note = f'{seen:,} of its questions were trained on'
+  return dataclasses.replace(found, notes=[*found.notes, note])
 
 
 def load(source: str, limit: int = 0, seed: int = 0) -> tuple[list[Row], int]:

@@ -4,7 +4,11 @@
                  [--processes N], or on each machine
                  [--coordinator HOST:PORT --num-processes N --process-id I]
   qdora evaluate --workdir DIR [--shots N]
+                 [--on SOURCE [--by answers|likelihood|perplexity] [--limit N]]
+                 [--harness TASK,TASK [--include-path DIR]] [--base]
   qdora generate --workdir DIR --prompt TEXT [--max-new-tokens N] [--raw]
+                 [--temperature T] [--top-k N] [--top-p P] [--stop TEXT]
+  qdora generate --workdir DIR --questions FILE --out FILE
   qdora export   --workdir DIR --format peft|merged|folded|base --out DIR
   qdora plan     --config FILE [--config.section.key=value ...] [--model NAME]
                  [--mesh fsdp=4,data=2] [--device h100]
@@ -18,15 +22,18 @@ next start; not with JAX_ENABLE_COMPILATION_CACHE=false.
 
 import argparse
 import ast
+import dataclasses
 import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import absl.logging
 import jax
+import tqdm
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -266,41 +273,155 @@ def _places(known: argparse.Namespace) -> list[processes.Place]:
 def _evaluate(argv: list[str]) -> None:
   parser = _parser('evaluate')
   _add_checkpoint(parser)
+  parser.add_argument('--shots', type=int, help='solved examples in the prompt')
   parser.add_argument(
-    '--shots', type=int, default=0, help='solved examples in the prompt'
+    '--on',
+    action='append',
+    default=[],
+    metavar='SOURCE',
+    help="a benchmark: 'boolq:FILE', 'gsm8k:hub:openai/gsm8k', a file of rows, "
+    'a .txt file; once or more. Without, the rows that the run holds out',
+  )
+  parser.add_argument('--by', choices=['answers', 'likelihood', 'perplexity'])
+  parser.add_argument('--limit', type=int, default=0, help='rows, at random')
+  parser.add_argument('--seed', type=int, default=0, help='which rows')
+  parser.add_argument('--batch-size', type=int, default=32)
+  parser.add_argument('--max-new-tokens', type=int, default=0)
+  parser.add_argument(
+    '--harness', default='', help='tasks of lm-evaluation-harness, by commas'
+  )
+  parser.add_argument('--include-path', help='folder of task files for it')
+  parser.add_argument(
+    '--base', action='store_true', help='the base, without the adapter'
   )
   known = parser.parse_args(argv)
+  for name in ('limit', 'shots', 'max_new_tokens'):
+    value = getattr(known, name)
+    if value is not None and value < 0:
+      raise ValueError(f'--{name.replace("_", "-")}={value}: at least 0')
+  from qdora_jax import benchmark
   from qdora_jax.run import load_run
 
+  # What is not there is told before a model is loaded.
+  for source in known.on:
+    benchmark.load(source, known.limit)
   run = load_run(known.workdir, known.checkpoint)
-  score = run.evaluate(shots=known.shots, label='evaluate')
+  if known.harness:
+    _harness(run, known)
+  for source in known.on:
+    _benchmark(run, source, known)
+  if known.harness or known.on:
+    return
+  params = run.base if known.base else None
+  score = run.evaluate(params, shots=known.shots or 0, label='evaluate')
   print(score)
-  for question, given, expected in score.samples:
+  _show(score.samples)
+
+
+def _benchmark(run: Any, source: str, known: argparse.Namespace) -> None:
+  from qdora_jax import benchmark, folder
+
+  result = benchmark.of_run(
+    run,
+    source,
+    known.by,
+    base=known.base,
+    limit=known.limit,
+    seed=known.seed,
+    shots=run.shots(known.shots or 0),
+    batch_size=known.batch_size,
+    max_new_tokens=known.max_new_tokens,
+    progress=lambda parts: tqdm.tqdm(parts, source, leave=False, disable=None),
+  )
+  model = 'base' if known.base else str(known.checkpoint)
+  folder.add_benchmark(
+    known.workdir, {'model': model, **dataclasses.asdict(result)}
+  )
+  print(result)
+  _show(result.samples)
+
+
+def _harness(run: Any, known: argparse.Namespace) -> None:
+  from lm_eval.utils import make_table
+
+  from qdora_jax import harness
+
+  params = run.base if known.base else run.params()
+  lm = harness.Harness(
+    run.model, params, run.tokenizer, batch_size=known.batch_size
+  )
+  found = harness.harness(
+    lm,
+    known.harness.split(','),
+    limit=known.limit or None,
+    shots=known.shots,
+    include_path=known.include_path,
+  )
+  print(make_table(found))
+
+
+def _show(samples: Sequence[Sequence[str]]) -> None:
+  for question, given, expected in samples:
     print(f'\n{question}\n  answered: {given}\n  expected: {expected}')
 
 
 def _generate(argv: list[str]) -> None:
   parser = _parser('generate')
   _add_checkpoint(parser)
-  parser.add_argument('--prompt', required=True)
-  parser.add_argument('--max-new-tokens', type=int, default=100)
+  asked = parser.add_mutually_exclusive_group(required=True)
+  asked.add_argument('--prompt')
+  asked.add_argument(
+    '--questions', help="a file in FastChat's form, answered into --out"
+  )
+  parser.add_argument('--out', type=Path)
+  parser.add_argument(
+    '--model-id', help='in the answers; the folder by default'
+  )
+  parser.add_argument('--max-new-tokens', type=int)
   parser.add_argument('--temperature', type=float, default=0.0)
+  parser.add_argument('--top-k', type=int, default=0)
+  parser.add_argument('--top-p', type=float, default=1.0)
+  parser.add_argument('--stop', action='append', default=[], metavar='TEXT')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument(
     '--raw', action='store_true', help='no chat template around the prompt'
   )
   known = parser.parse_args(argv)
+  if known.questions and known.out is None:
+    raise ValueError('--questions needs --out, a file for the answers')
   from qdora_jax.run import load_run
 
   run = load_run(known.workdir, known.checkpoint)
+  if known.questions:
+    _answer(run, known)
+    return
   answer = run.generate(
     known.prompt,
-    known.max_new_tokens,
+    100 if known.max_new_tokens is None else known.max_new_tokens,
     temperature=known.temperature,
+    top_k=known.top_k,
+    top_p=known.top_p,
+    stop_strings=known.stop,
     seed=known.seed,
     raw=known.raw,
   )
   print(answer)
+
+
+def _answer(run: Any, known: argparse.Namespace) -> None:
+  from qdora_jax import benchmark, fastchat
+
+  form = run.config.data.format()
+  count = fastchat.answer(
+    benchmark.Subject(run.model, run.params(), run.tokenizer, form),
+    known.questions,
+    known.out,
+    known.model_id or known.workdir.name,
+    max_new_tokens=known.max_new_tokens or 1024,
+    seed=known.seed,
+    progress=lambda parts: tqdm.tqdm(parts, 'answers', disable=None),
+  )
+  print(f'{count} questions answered into {known.out}')
 
 
 def _export(argv: list[str]) -> None:

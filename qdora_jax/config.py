@@ -129,6 +129,7 @@ class EvalSection:
   samples: int
   batch_size: int
   max_new_tokens: int
+  benchmarks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +213,12 @@ class RunConfig:
           f'config.data.mix: {source!r} has weight {weight}, expected more '
           'than 0'
         )
+    for source, limit in self.eval.benchmarks.items():
+      if limit < 0:
+        raise ValueError(
+          f'config.eval.benchmarks: {source!r} has {limit} rows; expected at '
+          'least 1, or 0 for all'
+        )
     for field in self.data.fields:
       known = [key for form in FORMS for key in form]
       if field not in known:
@@ -291,10 +298,11 @@ def _section(cls: Any, values: Any, where: str) -> Any:
 
 def later(section: Any) -> dict[str, Any]:
   """Keys that run folders of earlier versions have not, and what they meant."""
+  missing = dataclasses.MISSING
   return {
-    f.name: f.default
+    f.name: f.default if f.default is not missing else f.default_factory()
     for f in dataclasses.fields(section)
-    if f.default is not dataclasses.MISSING
+    if (f.default, f.default_factory) != (missing, missing)
   }
 
 

@@ -32,11 +32,16 @@ TooLong = Literal['drop', 'truncate']
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """Rows to train on, by source, with their weights; others to test on."""
+  """Rows to train on, by source, with their weights; others to test on.
+
+  `overlap` is how many rows were left out of training because their question is
+  held out.
+  """
 
   train: Mapping[str, Sequence[Row]]
   weights: Mapping[str, float]
   held_out: Sequence[Row]
+  overlap: int = 0
 
 
 def load_data(section: DataSection) -> Data:
@@ -65,8 +70,10 @@ def load_data(section: DataSection) -> Data:
     apart, train[source] = _split(section, source, share)
     held_out += apart
   tested = {row.question for row in held_out}
+  overlap = 0
   for source, some in train.items():
     train[source] = [row for row in some if row.question not in tested]
+    overlap += len(some) - len(train[source])
     if not train[source]:
       raise ValueError(
         f'{source}: nothing is left to train on; all of its rows are among '
@@ -74,7 +81,7 @@ def load_data(section: DataSection) -> Data:
         f'(config.data.eval_size={section.eval_size}). Lower it, or give other '
         'rows in config.data.eval_path'
       )
-  return Data(train, sources, held_out)
+  return Data(train, sources, held_out, overlap)
 
 
 def _split(

@@ -13,6 +13,7 @@ import jax
 import tqdm
 
 from qdora_jax import (
+  benchmark,
   data,
   devices,
   folder,
@@ -55,6 +56,8 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
   began = time.perf_counter()
   # What takes least goes first: bad data is found before a model is loaded.
   found = data.load_data(config.data)
+  for source, limit in config.eval.benchmarks.items():
+    benchmark.load(source, limit)
   plan.refuse(config)
   run = Run.open(config, workdir)
   run.data = found
@@ -70,6 +73,8 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
     if run.data.held_out:
       scores[AFTER] = run.evaluate(label=AFTER)
       folder.save_scores(workdir, scores)
+    if config.eval.benchmarks:
+      _benchmark(run)
     if run.base:
       _export(run)
     if not processes.first():
@@ -85,6 +90,17 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
     folder.write(workdir / 'summary.json', summary)
   _show_results(summary, scores, workdir)
   return scores
+
+
+def _benchmark(run: Run) -> None:
+  """Measures it on what config.eval.benchmarks names."""
+  for source, limit in run.config.eval.benchmarks.items():
+    result = benchmark.of_run(
+      run, source, limit=limit, batch_size=run.config.eval.batch_size
+    )
+    values = {'model': 'last', **dataclasses.asdict(result)}
+    folder.add_benchmark(run.workdir, values)
+    print(result, flush=True)
 
 
 def _export(run: Run) -> None:
@@ -110,9 +126,11 @@ def _show_plan(run: Run, batches: Batches) -> None:
   tokens = config.train.batch_size * counts.length
   cut = run.held_out.counts.truncated if run.held_out else 0
   cut = f' ({cut:,} truncated)' if cut else ''
+  same = run.data.overlap
+  same = f', {same:,} training rows of the same questions left out' * bool(same)
   epochs = config.train.steps * config.train.batch_size / counts.packed
   print(
-    f'{len(run.data.held_out):,} rows held out{cut}; '
+    f'{len(run.data.held_out):,} rows held out{cut}{same}; '
     f'{config.train.steps:,} steps of {config.train.batch_size} x '
     f'{counts.length} = {tokens:,} tokens, {epochs:.2g} epochs'
   )

@@ -3,6 +3,7 @@
   config.json     every key, as run
   metrics.jsonl   a line for each step: see `train.fit`
   scores.json     how held-out rows were answered before and after
+  benchmarks.json how it did on others' tests: a list, see benchmark.Result
   summary.json    the run in numbers, once it has ended
   curves.png      loss by step, and the scores
   checkpoints/    orbax: what is trained, the optimizer, where the data stood
@@ -119,6 +120,22 @@ def load_scores(path: Path) -> dict[str, Score]:
 def save_scores(workdir: Path, scores: Mapping[str, Score]) -> None:
   text = {name: dataclasses.asdict(score) for name, score in scores.items()}
   write(workdir / 'scores.json', text)
+
+
+def benchmarks(workdir: Path) -> list[dict[str, Any]]:
+  """What `add_benchmark` has written so far."""
+  path = workdir / 'benchmarks.json'
+  return json.loads(path.read_text()) if path.exists() else []
+
+
+def add_benchmark(workdir: Path, values: Mapping[str, Any]) -> None:
+  """Adds a benchmark's result, in the place of an older one of the same."""
+
+  def what(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry[key] for key in ('source', 'by', 'model', 'total'))
+
+  others = [e for e in benchmarks(workdir) if what(e) != what(values)]
+  write(workdir / 'benchmarks.json', [*others, dict(values)])
 
 
 def write(path: Path, values: Any) -> None:

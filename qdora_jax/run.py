@@ -23,7 +23,7 @@ from qdora_jax.config import RunConfig
 from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
 from qdora_jax.export import export_base, export_folded, export_merged
-from qdora_jax.generate import generate
+from qdora_jax.generate import generate_text
 from qdora_jax.interop.peft import save_adapter
 from qdora_jax.interop.peft_read import load_adapter
 from qdora_jax.linear import kind
@@ -230,14 +230,14 @@ class Run:
       rows,
       config.data.format(),
       answer_pattern=config.data.answer_pattern,
-      shots=self._shots(shots),
+      shots=self.shots(shots),
       batch_size=config.eval.batch_size,
       max_new_tokens=config.eval.max_new_tokens,
       progress=lambda parts: _bar(parts, label),
     )
     return dataclasses.replace(score, loss=loss)
 
-  def _shots(self, count: int) -> list[Row]:
+  def shots(self, count: int) -> list[Row]:
     """So many training rows with answers."""
     rows = (row for some in self.data.train.values() for row in some)
     solved = (row for row in rows if row.answer is not None)
@@ -260,26 +260,38 @@ class Run:
     prompt: str,
     max_new_tokens: int = 100,
     *,
-    temperature: float = 0.0,
     seed: int = 0,
     raw: bool = False,
+    **options: Any,
   ) -> str:
-    """Answers a prompt; raw: continues it, with no chat template around it."""
+    """Answers a prompt.
+
+    Args:
+      prompt: in the run's own template.
+      max_new_tokens: at most.
+      seed: of what is drawn.
+      raw: continues the prompt, with no template around it.
+      options: of `generate_text`: temperature, top_k, top_p, stop_strings.
+    """
     form = self.config.data.format()
-    if raw or form.template != 'chat':
+    if raw:
       ids = self.tokenizer.encode(prompt)
     else:
-      ids = chat.prompt_ids(self.tokenizer, chat.opening(prompt, form))
-    (answer,) = generate(
+      # In place of the answer to come.
+      row = Row({'prompt': prompt, 'completion': '?'})
+      ids = chat.question_ids(
+        self.tokenizer, row, dataclasses.replace(form, instruction='')
+      )
+    (answer,) = generate_text(
       self.model,
       self.params(),
+      self.tokenizer,
       [ids],
       max_new_tokens,
-      stop=[self.tokenizer.eos_token_id],
-      temperature=temperature,
       key=jax.random.key(seed),
+      **options,
     )
-    return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    return answer.strip()
 
   def export(
     self, directory: Path, form: str = 'peft', dtype: str | None = None

@@ -145,7 +145,7 @@ def get_config() -> ml_collections.ConfigDict:
   # for all of it, 'auto' for what does not fit, 'none'.
   config.optim.paged = 'none'
 
-  config.eval = ml_collections.ConfigDict()
+  config.eval = ml_collections.ConfigDict(convert_dict=False)
   # The untrained model is evaluated, too: bare, and with solved examples.
   config.eval.before = True
   # Beside the held-out loss, answers are generated and compared.
@@ -160,6 +160,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Its KV cache is what evaluation costs in memory.
   config.eval.batch_size = 50
   config.eval.max_new_tokens = 16
+  # What the trained model is measured on besides, {'boolq:FILE': rows, 0 for
+  # all}: see qdora_jax/benchmark.py.
+  config.eval.benchmarks = {}
 
   config.mesh = ml_collections.ConfigDict()
   # Devices: `data` splits the batch, `fsdp` the batch and the weights (-1: all
