@@ -283,10 +283,28 @@ def _by_answers(
     }
   return {
     'total': len(found),
-    'measures': measures,
+    'measures': measures | _nats(subject, found, batch_size),
     'samples': samples,
     'notes': notes,
   }
+
+
+def _nats(subject, found, batch_size) -> dict[str, Measure]:
+  """How likely the completions are that were expected."""
+  pairs = []
+  for some in chat.encode_rows(subject.tokenizer, found, subject.form):
+    at = np.flatnonzero(some[0].learned)
+    if len(some) > 1 or len(at) != at[-1] - at[0] + 1 or not at[0]:
+      return {}  # Of several turns.
+    ids = some[0].tokens.tolist()
+    pairs.append((ids[: at[0]], ids[at[0] :]))
+  scored = likelihood.log_likelihoods(
+    subject.model, subject.params, pairs, batch_size=batch_size
+  )
+  nats = np.array([-one.nats for one in scored])
+  tokens = np.array([one.tokens for one in scored])
+  loss = nlg.bootstrap(lambda n: nats[n].sum() / tokens[n].sum(), len(nats))
+  return {'nats by token': loss}
 
 
 def overlap(tested: Sequence[Row], trained: Iterable[Row]) -> int:

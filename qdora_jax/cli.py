@@ -1,4 +1,4 @@
-"""The command line: qdora train | evaluate | generate | export | plan.
+"""The command line: qdora train | evaluate | generate | export | plan | ...
 
   qdora train    --config FILE --workdir DIR [--config.section.key=value ...]
                  [--processes N], or on each machine
@@ -12,8 +12,11 @@
   qdora export   --workdir DIR --format peft|merged|folded|base --out DIR
   qdora plan     --config FILE [--config.section.key=value ...] [--model NAME]
                  [--mesh fsdp=4,data=2] [--device h100]
+  qdora sweep    FILE --out DIR [--config.section.key=value ...] [--isolate]
+  qdora runs     DIR ... [--compare]
 
-The last three take --checkpoint last|best|STEP: the newest one otherwise.
+evaluate, generate and export take --checkpoint last|best|STEP: the newest one
+otherwise.
 The same train command again continues an interrupted run.
 
 Compiled programs are kept in $QDORA_CACHE or ~/.cache/qdora_jax, for a quicker
@@ -50,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     'generate': _generate,
     'export': _export,
     'plan': _plan,
+    'sweep': _sweep,
+    'runs': _runs,
   }
   if not argv or argv[0] in ('-h', '--help'):
     print(__doc__)
@@ -110,16 +115,24 @@ def _run(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
 def read_config(file: str, overrides: list[str]) -> RunConfig:
   """A config file with --config.section.key=value on top, checked.
 
+  'FILE.py:tiny' calls its get_config('tiny').
+
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: for an error in the file, with its line; for an override of no
       key (naming the nearest) or of a wrong type.
   """
+  return RunConfig.make(read_values(file, overrides))
+
+
+def read_values(file: str, overrides: list[str]) -> dict[str, Any]:
+  """The values of `read_config`, not yet checked."""
+  file, form = _form(file)
   if not Path(file).is_file():
     raise FileNotFoundError(
       f'--config={file}: no such file{paths.beside(file)}'
     )
-  config = _returned(file)
+  config = returned(file, 'get_config', ConfigDict, *form)
   for word in overrides:
     values = flags.FlagValues()
     try:
@@ -132,7 +145,13 @@ def read_config(file: str, overrides: list[str]) -> RunConfig:
       text = ' '.join(str(error.args[0] if error.args else error).split())
       text = text.removeprefix(f'flag {word}: ')
       raise ValueError(f'{word}: {text}') from error
-  return RunConfig.make(config.to_dict())
+  return config.to_dict()
+
+
+def _form(file: str) -> tuple[str, list[str]]:
+  """('e2e.py', ['tiny']) of 'e2e.py:tiny'."""
+  name, colon, form = file.rpartition(':')
+  return (name, [form]) if colon and name.endswith('.py') else (file, [])
 
 
 class _DictParser(flags.ArgumentParser):
@@ -153,11 +172,16 @@ class _DictParser(flags.ArgumentParser):
 config_flags.register_flag_parser_for_type(dict, _DictParser())
 
 
-def _returned(file: str) -> ConfigDict:
-  """What a config file's get_config() returns."""
+def returned(file: str, name: str, kind: type, *words: str) -> Any:
+  """What a function of a file returns for some words.
+
+  Raises:
+    ValueError: for an error in the file, with its line, or if it has no such
+      function or another kind comes back.
+  """
   try:
     program = runpy.run_path(file)
-    config = program['get_config']() if 'get_config' in program else None
+    found = program[name](*words) if name in program else None
   except Exception as error:
     # Whatever it is: the file is a program.
     calls = traceback.extract_tb(error.__traceback__)
@@ -166,15 +190,15 @@ def _returned(file: str) -> ConfigDict:
       lines.append(error.lineno)
     text = ' '.join(str(error).split())
     raise ValueError(
-      f'--config={file}:{lines[-1] if lines else 1}: {type(error).__name__}: '
-      f'{text}'
+      f'{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {text}'
     ) from error
-  if not isinstance(config, ConfigDict):
+  if not isinstance(found, kind):
+    whose = kind.__module__.partition('.')[0]
     raise ValueError(
-      f'--config={file}: expected a function get_config() that returns an '
-      f'ml_collections.ConfigDict, got {str(config)[:80]}'
+      f'{file}: expected a function {name}() that returns an '
+      f'{whose}.{kind.__name__}, got {str(found)[:80]}'
     )
-  return config
+  return found
 
 
 def _train(argv: list[str]) -> int | None:
@@ -452,6 +476,59 @@ def _listing(folder: Path) -> list[str]:
   """Files of a folder, by their names within it."""
   files = (file for file in folder.rglob('*') if file.is_file())
   return sorted(str(file.relative_to(folder)) for file in files)
+
+
+def _sweep(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser('qdora sweep', allow_abbrev=False)
+  parser.add_argument('file')
+  parser.add_argument('--out', type=Path, required=True)
+  parser.add_argument('--only', help='the point of this name alone')
+  parser.add_argument(
+    '--isolate',
+    action='store_true',
+    help='each point in a process of its own: its peak memory is its own',
+  )
+  parser.add_argument(
+    '--table', action='store_true', help='nothing is run: table and plot'
+  )
+  known, words = parser.parse_known_args(argv)
+  words = _overrides(words)
+  if not Path(known.file).is_file():
+    raise FileNotFoundError(
+      f'{known.file}: no such file{paths.beside(known.file)}'
+    )
+  from qdora_jax import sweep
+
+  found = returned(known.file, 'get_sweep', sweep.Sweep)
+  beside = Path(known.file).parent / found.config
+  points = sweep.build(found, read_values(str(beside), words))
+  if known.table:
+    sweep.report(found, points, known.out)
+    return 0
+  isolated = None
+  if known.isolate:
+    isolated = [sys.executable, '-m', 'qdora_jax.cli', 'sweep', known.file]
+    isolated += ['--out', str(known.out), *words]
+  return sweep.run(found, points, known.out, known.only, isolated)
+
+
+def _runs(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser('qdora runs', allow_abbrev=False)
+  parser.add_argument('folders', nargs='+', type=Path)
+  parser.add_argument(
+    '--compare',
+    action='store_true',
+    help='what differs in their configs, and their curves in one plot',
+  )
+  parser.add_argument('--out', type=Path, default=Path('compared.png'))
+  known = parser.parse_args(argv)
+  from qdora_jax import runs
+
+  found = runs.find(known.folders)
+  print(runs.table(found, known.compare))
+  if known.compare:
+    runs.plot(found, known.out)
+    print(f'curves: {known.out}')
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -235,7 +235,10 @@ class Batches:
     for n, (name, layout) in enumerate(layouts.items()):
       # grain's seeds have 32 bits.
       own = int(np.random.default_rng((seed, n)).integers(2**32))
-      orders.append(grain.MapDataset.source(layout).shuffle(seed=own).repeat())
+      # Without an end grain has a length of 2^63 - 1, which it rounds up:
+      # batches of one row would be more than Python counts.
+      order = grain.MapDataset.source(layout).shuffle(seed=own)
+      orders.append(order.repeat(2**50 // len(layout)))
       # A weight counts examples; grain mixes rows.
       shares.append(weights[name] * len(layout) / len(fitted[name][0]))
     mixed = orders[0]

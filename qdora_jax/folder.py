@@ -140,8 +140,13 @@ def add_benchmark(workdir: Path, values: Mapping[str, Any]) -> None:
 
 def write(path: Path, values: Any) -> None:
   """JSON, whole or not at all; of many processes the first writes it."""
+  write_text(path, json.dumps(values, indent=2) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
+  """The same of any text."""
   if not processes.first():
     return
   part = path.with_suffix('.part')
-  part.write_text(json.dumps(values, indent=2) + '\n')
+  part.write_text(text)
   part.replace(path)

@@ -5,10 +5,11 @@ Every trained array has a name, `layers/3/attn/q/kernel/lora_b` or
 decayed, what learns faster (LoRA+), what not at all.
 """
 
+import contextlib
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,20 +36,45 @@ _NEED_MORE += ('schedule_free_adamw', 'schedule_free_sgd')
 _NO_EMPTY = ('galore',)
 
 
-def schedule(optim: OptimSection, steps: int) -> optax.Schedule:
+class Scaled:
+  """A schedule: its shape times a peak, which a step takes as an argument.
+
+  Runs that differ in the peak alone then share one compiled step.
+  """
+
+  def __init__(self, shape: optax.Schedule, peak: float):
+    self.shape, self.peak = shape, peak
+    self._given: Any = None
+
+  def __call__(self, count: Any) -> Any:
+    peak = self.peak if self._given is None else self._given
+    return self.shape(count) * peak
+
+  @contextlib.contextmanager
+  def given(self, peak: jax.Array | None) -> Iterator[None]:
+    """While a step is traced, the peak is this argument of it."""
+    self._given = peak
+    try:
+      yield
+    finally:
+      self._given = None
+
+
+def schedule(optim: OptimSection, steps: int) -> Scaled:
   """Learning rate by step: linear warm-up, then constant or down to zero."""
   rest = max(1, steps - optim.warmup_steps)
   after = {
-    'constant': optax.constant_schedule(optim.lr),
-    'linear': optax.linear_schedule(optim.lr, 0.0, rest),
-    'cosine': optax.cosine_decay_schedule(optim.lr, rest),
+    'constant': optax.constant_schedule(1.0),
+    'linear': optax.linear_schedule(1.0, 0.0, rest),
+    'cosine': optax.cosine_decay_schedule(1.0, rest),
   }[optim.schedule]
   if not optim.warmup_steps:
-    return after
+    return Scaled(after, optim.lr)
   # Step 0 moves already: rates lr/w, 2 lr/w, ... lr.
-  first = optim.lr / optim.warmup_steps
-  warm = optax.linear_schedule(first, optim.lr, max(1, optim.warmup_steps - 1))
-  return optax.join_schedules([warm, after], [optim.warmup_steps])
+  first = 1 / optim.warmup_steps
+  warm = optax.linear_schedule(first, 1.0, max(1, optim.warmup_steps - 1))
+  shape = optax.join_schedules([warm, after], [optim.warmup_steps])
+  return Scaled(shape, optim.lr)
 
 
 def from_config(

@@ -38,13 +38,15 @@ def make_step(
   optimizer: optax.GradientTransformation,
   microbatches: int = 1,
   like: tuple[Tree, Any] | None = None,
+  rate: optim.Scaled | None = None,
 ) -> Callable[..., tuple[Tree, Any, dict[str, jax.Array]]]:
   """The jitted step: (trained, opt_state, base, norms, batch, key) -> moved on.
 
   The loss is the mean over the learned tokens of the whole batch, however many
   microbatches and devices it is split over. If it or its gradient is not
-  finite, nothing moves. `trained` and `opt_state` are donated. A last argument
-  may be a `scaling.LossScale`; what it becomes is then among what is returned.
+  finite, nothing moves. `trained` and `opt_state` are donated. Two arguments
+  may follow: a `scaling.LossScale`, and what it becomes is then among what is
+  returned; and the peak of `rate`.
 
   Args:
     model: the decoder.
@@ -55,7 +57,9 @@ def make_step(
       they leave the step, too. (Left to itself XLA lays gradients out
       differently from what they are of.) State in the host's memory is streamed
       through the update, see paged.py.
+    rate: the optimizer's learning rate, if its peak is to be an argument.
   """
+  rate = rate or optim.Scaled(optax.constant_schedule(1.0), 1.0)
   optimizer = optax.with_extra_args_support(optimizer)
   placed = jax.tree.map(lambda a: a.sharding, like)
   shards = None if like is None else jax.tree.leaves(placed)
@@ -63,7 +67,7 @@ def make_step(
   if mesh is not None:
     model = model.clone(mesh=mesh)
 
-  def step(trained, opt_state, base, norms, batch, key, scale=None):
+  def step(trained, opt_state, base, norms, batch, key, scale=None, peak=None):
     total = jnp.maximum(jnp.sum(batch['weights']), 1)
     if scale is not None:
       total /= scale.value
@@ -91,9 +95,10 @@ def make_step(
       value, grads = jax.tree.map(lambda a: a / scale.value, (value, grads))
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-    trained, opt_state = paging.move(
-      optimizer, trained, grads, opt_state, finite, value, shards
-    )
+    with rate.given(peak):
+      trained, opt_state = paging.move(
+        optimizer, trained, grads, opt_state, finite, value, shards
+      )
     seen = {'loss': value, 'grad_norm': grad_norm, 'finite': finite}
     if scale is not None:
       seen |= {'loss_scale': scale.value, 'scale': scaling.after(scale, finite)}
@@ -248,7 +253,9 @@ def fit(
   like = (state['trained'], state['optimizer'])
   if mesh is None and not any(map(is_paged, jax.tree.leaves(like))):
     like = None
-  step = make_step(model, transformation, microbatches, like)
+  scaled = lr if isinstance(lr, optim.Scaled) else None
+  peak = None if scaled is None else jnp.float32(scaled.peak)
+  step = make_step(model, transformation, microbatches, like, scaled)
   fixed = jax.jit(norms)(base, state['trained'])
   rng = jax.random.wrap_key_data(state['rng'])
   rows: list[dict[str, Any]] = []
@@ -307,7 +314,7 @@ def fit(
         batch = shard_batch(batch, mesh)
       state['trained'], state['optimizer'], seen = step(
         *(state['trained'], state['optimizer'], base, fixed, batch),
-        *(jax.random.fold_in(rng, n - 1), state['scale']),
+        *(jax.random.fold_in(rng, n - 1), state['scale'], peak),
       )
       if 'scale' in seen:
         state['scale'] = seen.pop('scale')

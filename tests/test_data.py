@@ -356,3 +356,21 @@ def test_no_gradient_reaches_another_packed_example():
     # The last token of an example is only a label.
     assert (felt[inside[:-1]] > 0).all()
     assert (felt[segments != one] == 0).all()
+
+
+@pytest.mark.parametrize('packing', [False, True])
+def test_batches_of_one_row(packing):
+  """And they are those of larger batches, one by one."""
+  examples = [
+    Example(np.arange(3, 3 + n, dtype=np.int32), np.arange(n) > 0)
+    for n in range(2, 12)
+  ]
+  one, four = (
+    data.Batches(examples, n, 16, seed=3, packing=packing) for n in (1, 4)
+  )
+  singles = [batch for _, batch in zip(range(8), one, strict=False)]
+  wide = [batch for _, batch in zip(range(2), four, strict=False)]
+  for key in wide[0]:
+    got = np.concatenate([batch[key] for batch in singles])
+    want = np.concatenate([batch[key] for batch in wide])
+    np.testing.assert_array_equal(got, want)

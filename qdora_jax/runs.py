@@ -1,0 +1,171 @@
+"""Run folders side by side: what they are, and how far they came."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qdora_jax import folder
+from qdora_jax.finetune import AFTER
+from qdora_jax.metrics import read_log
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """A run folder, as it lies on the disk."""
+
+  workdir: Path
+  config: Any
+  rows: Sequence[dict[str, Any]]
+  ended: bool
+
+  @property
+  def state(self) -> str:
+    if self.ended:
+      return 'done'
+    return f'step {len(self.rows)} of {self.config.train.steps}'
+
+
+def find(places: Sequence[Path]) -> list[Seen]:
+  """The run folders among some folders and all that lies in them.
+
+  Raises:
+    FileNotFoundError: if there is none.
+  """
+  paths: list[Path] = []
+  for place in places:
+    inside = sorted(place.rglob('config.json')) if place.is_dir() else []
+    # An exported adapter or a checkpoint has a config.json of its own.
+    paths += [p.parent for p in inside if (p.parent / 'metrics.jsonl').exists()]
+  paths = list(dict.fromkeys(paths))
+  if not paths:
+    raise FileNotFoundError(
+      f'no run folder in {", ".join(map(str, places))}; expected what `qdora '
+      'train --workdir` made, or a folder of such'
+    )
+  return [
+    Seen(
+      path,
+      folder.config_of(path),
+      read_log(path / 'metrics.jsonl'),
+      (path / 'summary.json').exists(),
+    )
+    for path in paths
+  ]
+
+
+def table(found: Sequence[Seen], compare: bool = False) -> str:
+  """A line for each run; to compare, with the keys that they differ in."""
+  rows = [
+    {
+      'run': str(run.workdir),
+      'state': run.state,
+      'last change': _when(run.workdir / 'metrics.jsonl'),
+      **(_differing(found)[n] if compare else _what(run.config)),
+      **_figures(run),
+    }
+    for n, run in enumerate(found)
+  ]
+  keys = list(dict.fromkeys(key for row in rows for key in row))
+  lines = [keys, *([str(row.setdefault(k, '')) for k in keys] for row in rows)]
+  widths = [max(len(line[n]) for line in lines) for n in range(len(keys))]
+  return '\n'.join(
+    '  '.join(
+      cell.ljust(w) for cell, w in zip(line, widths, strict=True)
+    ).rstrip()
+    for line in lines
+  )
+
+
+def _when(path: Path) -> str:
+  return time.strftime('%Y-%m-%d %H:%M', time.localtime(path.stat().st_mtime))
+
+
+def _what(config: Any) -> dict[str, str]:
+  """What a run is, in a few words."""
+  method = 'full' if config.adapter.method == 'none' else config.adapter.method
+  base = '' if config.quant.format == 'none' else f' over {config.quant.format}'
+  data = Path(config.data.path).name if config.data.path else config.data.name
+  return {'method': method + base, 'data': data, 'lr': f'{config.optim.lr:g}'}
+
+
+def _differing(found: Sequence[Seen]) -> list[dict[str, str]]:
+  """Of each run the keys that are not the same in all."""
+  flat = [_flat(dataclasses.asdict(run.config)) for run in found]
+  keys = [k for k in flat[0] if len({str(f[k]) for f in flat}) > 1]
+  return [{key: str(f[key]) for key in keys} for f in flat]
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+  """Dotted keys of the sections; a dict within one is a value."""
+  return {
+    (f'{section}.{key}' if key else section): value
+    for section, inner in values.items()
+    for key, value in (
+      inner.items() if isinstance(inner, dict) else [('', inner)]
+    )
+  }
+
+
+def _figures(run: Seen) -> dict[str, str]:
+  """How it went."""
+  figures: dict[str, str] = {}
+  losses = [row['loss'] for row in run.rows if row['loss'] is not None]
+  if losses:
+    figures['loss'] = f'{losses[-1]:.4f}'
+  held = [r['held_out_loss'] for r in run.rows if 'held_out_loss' in r]
+  if held:
+    figures['held-out loss'] = f'{held[-1]:.4f}'
+  path = run.workdir / 'scores.json'
+  scores = folder.load_scores(path) if path.exists() else {}
+  if AFTER in scores:
+    score = scores[AFTER]
+    if score.loss is not None:
+      figures['held-out loss'] = f'{score.loss:.4f}'
+    if score.total:
+      figures['exact match'] = f'{score.mean:.1%}'
+  for entry in folder.benchmarks(run.workdir):
+    if entry['model'] == 'last':
+      name, measure = next(iter(entry['measures'].items()))
+      task = Path(entry['source'].partition(':')[0]).name
+      figures[f'{task}: {name}'] = f'{measure["value"]:.4g}'
+  path = run.workdir / 'summary.json'
+  if path.exists():
+    summary = json.loads(path.read_text())
+    figures['s/step'] = f'{summary["seconds_per_step"]:.2f}'
+    figures['GB'] = f'{summary["peak_memory_bytes"] / 1e9:.2f}'
+  return figures
+
+
+def plot(found: Sequence[Seen], path: Path) -> None:
+  """The runs' losses by step, smoothed, and held-out losses as dots."""
+  import matplotlib.figure
+  import numpy as np
+
+  figure = matplotlib.figure.Figure((8, 4.5), layout='constrained', dpi=150)
+  axes = figure.subplots()
+  differ = _differing(found)
+  for run, keys in zip(found, differ, strict=True):
+    rows = [row for row in run.rows if row['loss'] is not None]
+    if not rows:
+      continue
+    words = [f'{k.rpartition(".")[2]} {v}' for k, v in keys.items()][:4]
+    losses = np.array([row['loss'] for row in rows])
+    window = max(1, len(losses) // 15)
+    smooth = np.convolve(losses, np.ones(window) / window, 'valid')
+    steps = [row['step'] for row in rows][window - 1 :]
+    (line,) = axes.plot(
+      steps, smooth, label=', '.join(words) or run.workdir.name
+    )
+    held = [
+      (r['step'], r['held_out_loss']) for r in rows if 'held_out_loss' in r
+    ]
+    if held:
+      axes.plot(*zip(*held, strict=True), 'o', color=line.get_color())
+  axes.set(xlabel='step', ylabel='loss (nats per learned token)')
+  axes.spines[['top', 'right']].set_visible(False)
+  if len(found) > 1:
+    axes.legend(frameon=False, fontsize=8)
+  figure.savefig(path)
