@@ -43,6 +43,7 @@ from qdora_jax import benchmark, data, folder
 from qdora_jax.config import RunConfig
 from qdora_jax.finetune import AFTER, fine_tune
 from qdora_jax.metrics import read_log
+from qdora_jax.run import settled
 
 Point = dict[str, Any]
 # A point's word for itself, in no config.
@@ -200,7 +201,7 @@ def run(
   for number, name in enumerate(names, 1):
     workdir = out / 'points' / name
     if (workdir / 'summary.json').exists():
-      folder.check(points[name], workdir)
+      folder.check(settled(points[name], workdir), workdir)
       print(f'[{number}/{len(names)}] {name}: done before', flush=True)
       continue
     print(f'[{number}/{len(names)}] {name}', flush=True)

@@ -38,6 +38,7 @@ class Tally:
     mesh: jax.sharding.Mesh | None = None,
     skipped: int = 0,
     overflowed: int = 0,
+    peak: float = 1.0,
   ):
     """Begins to count, and the clock.
 
@@ -46,7 +47,9 @@ class Tally:
       mesh: that steps run on.
       skipped: before,
       overflowed: and before.
+      peak: the rate is so many times as high; not part of a program.
     """
+    self._peak = np.float32(peak)
     self.skipped, self.overflowed, self.in_a_row = skipped, overflowed, 0
     self.waiting: collections.deque[Any] = collections.deque()
     still = jnp.int32(skipped + overflowed)
@@ -89,7 +92,7 @@ class Tally:
     row = {
       'step': n,
       'loss': float(seen['loss']) if known else None,
-      'lr': _shortest(seen['lr']),
+      'lr': _shortest(seen['lr'] * self._peak),
       'grad_norm': float(seen['grad_norm']) if finite else None,
       'tokens': tokens,
       'skipped': self.skipped,

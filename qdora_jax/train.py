@@ -300,7 +300,10 @@ def fit(
     path = workdir / 'metrics.jsonl' if logged else None
     log = stack.enter_context(Log(path, position))
     progress = stack.enter_context(Progress(start, steps))
-    tally = Tally(rate, mesh, skipped, overflowed)
+    tally = Tally(
+      *(rate if scaled is None else scaled.shape, mesh, skipped, overflowed),
+      1.0 if scaled is None else scaled.peak,
+    )
     for n in range(start + 1, steps + 1):
       batch = next(source, None)
       if batch is None:

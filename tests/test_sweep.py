@@ -1,0 +1,218 @@
+"""A sweep runs what is not done, and says what it found."""
+
+import csv
+import dataclasses
+import json
+
+import jax
+import pytest
+import tiny
+from tiny import quick_compiles  # noqa: F401
+
+from qdora_jax import cli, sweep
+from qdora_jax.sweep import Mean, Sweep, grid, product, zipped
+
+SWEEP = """
+from qdora_jax.sweep import Sweep, grid, product
+
+def get_sweep():
+  return Sweep(
+    question='Which rate?',
+    config='tiny_config.py',
+    points={points},
+    x='optim.lr',
+    over=['optim.lr'],
+    chosen_by='exact match',
+  )
+"""
+
+
+def test_points_are_made_by_grid_zip_and_product():
+  methods = zipped({'label': ['a', 'b'], 'adapter.rank': [1, 2]})
+  points = product(methods, grid('optim.lr', [0.1, 0.2]), grid('seed', [0]))
+  assert points == [
+    {'label': 'a', 'adapter.rank': 1, 'optim.lr': 0.1, 'seed': 0},
+    {'label': 'a', 'adapter.rank': 1, 'optim.lr': 0.2, 'seed': 0},
+    {'label': 'b', 'adapter.rank': 2, 'optim.lr': 0.1, 'seed': 0},
+    {'label': 'b', 'adapter.rank': 2, 'optim.lr': 0.2, 'seed': 0},
+  ]
+  assert sweep.name_of(points[0]) == 'a,rank=1,lr=0.1,seed=0'
+  assert sweep.name_of({'adapter.targets': '.*/(q|k)/kernel'}) == (
+    'targets=.-q-k-kernel'
+  )
+  with pytest.raises(ValueError, match="'a': 1, 'b': 2"):
+    zipped({'a': [1], 'b': [1, 2]})
+
+
+def test_intervals_are_students():
+  # t = 4.303 with two degrees of freedom; 1, 2, 3 have deviation 1.
+  mean = Mean.of([1.0, 2.0, 3.0])
+  assert (mean.value, mean.count) == (2.0, 3)
+  assert mean.half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+  assert str(mean) == '2 ± 2.5'
+  assert str(Mean.of([0.12346])) == '0.1235'
+  assert str(Mean.of([4884480])) == '4,884,480'
+
+
+def test_each_at_its_best_by_another_column(monkeypatch):
+  found = [
+    sweep.Group(point, {'held-out loss': Mean.of([loss])})
+    for point, loss in [
+      ({'label': 'a', 'optim.lr': 1}, 3.0),
+      ({'label': 'a', 'optim.lr': 2}, 1.0),
+      ({'label': 'b', 'optim.lr': 1}, 2.0),
+      ({'label': 'b', 'optim.lr': 2}, float('nan')),
+    ]
+  ]
+  one = Sweep('?', 'c.py', [], over=['optim.lr'])
+  assert [g.point['optim.lr'] for g in sweep.best(one, found)] == [2, 1]
+  turned = dataclasses.replace(one, chosen_by='exact match')
+  found = [
+    dataclasses.replace(g, means={'exact match': g.means['held-out loss']})
+    for g in found
+  ]
+  assert [g.point['optim.lr'] for g in sweep.best(turned, found)] == [1, 1]
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+  """Writes a sweep file of some points; gives its path."""
+  tiny.use_sums(monkeypatch)
+  model = tiny.write(tmp_path / 'model')
+  overrides = {'train.steps': 2, 'eval.before': False, 'data.eval_size': 4}
+  tiny.config_file(tmp_path, model, **overrides)
+
+  def make(points: str) -> str:
+    path = tmp_path / 'sweep.py'
+    path.write_text(SWEEP.format(points=points))
+    return str(path)
+
+  return make
+
+
+def test_points_that_cannot_be_are_named_before_anything_runs(
+  made, tmp_path, capsys
+):
+  out = tmp_path / 'out'
+  for points, words in (
+    ("grid('optim.lrr', [1.0])", ['point lrr=1.0', 'optim.lr?']),
+    ("grid('adapter.rank', [4, 'x'])", ['point rank=x', 'expected int']),
+    ("grid('optimm.lr', [1.0])", ['point lr=1.0', 'optim']),
+    ("grid('seed', [1, 1])", ['two points', 'seed=1']),
+    ("grid('data.path', ['gone.jsonl'])", ['point path=gone.jsonl', 'no such']),
+    ('[]', ['no points']),
+    ('1 / 0', ['sweep.py:8', 'division']),
+  ):
+    assert cli.main(['sweep', made(points), '--out', str(out)]) == 1
+    err = capsys.readouterr().err
+    assert all(word in err for word in words), err
+  assert not out.exists()
+  words = ['sweep', made("grid('seed', [1])"), '--out', str(out)]
+  assert cli.main([*words, '--only', 'seed=2']) == 1
+  assert 'the points are seed=1' in capsys.readouterr().err
+  assert cli.main(['sweep', 'gone.py', '--out', str(out)]) == 1
+  assert 'gone.py: no such file' in capsys.readouterr().err
+
+
+def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
+  made, tmp_path, capsys, monkeypatch
+):
+  out = tmp_path / 'out'
+  points = (
+    "product(grid('optim.lr', [1e-2, 1e-3]), grid('seed', [0, 1])) + "
+    "grid('adapter.targets', ['nothing'])"
+  )
+  words = ['sweep', made(points), '--out', str(out)]
+  missed = []
+
+  def note(event: str, **_) -> None:
+    if event == '/jax/compilation_cache/cache_misses':
+      missed.append(event)
+
+  jax.monitoring.register_event_listener(note)
+  real, calls = sweep.fine_tune, []
+
+  def fine_tune(config, workdir):
+    missed.clear()
+    calls.append(workdir.name)
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    real(config, workdir)
+    calls.append(len(missed))
+
+  monkeypatch.setattr(sweep, 'fine_tune', fine_tune)
+  assert cli.main(words) == 130
+  assert calls[0] == 'lr=0.01,seed=0' and calls[2] == 'lr=0.01,seed=1'
+  # An interrupted sweep has its table.
+  assert (out / 'table.csv').exists()
+  calls[:] = [None, None, None]
+  assert cli.main(words) == 1
+  err = capsys.readouterr().err
+  assert '1 of 5 points failed: targets=nothing' in err
+  # Rates and seeds are arguments: nothing is compiled again.
+  assert calls[3:] == [
+    *('lr=0.01,seed=1', 0, 'lr=0.001,seed=0', 0, 'lr=0.001,seed=1', 0),
+    'targets=nothing',
+  ]
+  with (out / 'table.csv').open() as file:
+    table = list(csv.DictReader(file))
+  assert [row['point'] for row in table][-1] == 'targets=nothing'
+  assert 'ValueError' in table[-1]['error']
+  done = table[:4]
+  scores = [
+    json.loads((out / 'points' / row['point'] / 'scores.json').read_text())
+    for row in done
+  ]
+  for row, score in zip(done, scores, strict=True):
+    want = score['fine-tuned']['loss']
+    assert float(row['held-out loss']) == pytest.approx(want)
+  text = (out / 'table.md').read_text()
+  assert '# Which rate?' in text and '4 of 5 points are done' in text
+  assert 'Each at its best optim.lr, by exact match' in text
+  losses = [score['fine-tuned']['loss'] for score in scores]
+  assert str(Mean.of(losses[:2])) in text and str(Mean.of(losses[2:])) in text
+  assert (out / 'plot.png').stat().st_size > 5000
+  # Nothing is left to run but what failed; its own table needs no run.
+  calls.clear()
+  assert cli.main(words) == 1
+  assert calls == ['targets=nothing']
+  (out / 'table.md').unlink()
+  assert cli.main([*words, '--table']) == 0
+  assert (out / 'table.md').read_text() == text
+  assert len(calls) == 1
+
+  # The folders are runs like others.
+  capsys.readouterr()
+  assert cli.main(['runs', str(out)]) == 0
+  listed = capsys.readouterr().out
+  assert listed.count(' done ') == 4
+  words = ['runs', str(out), '--compare', '--out', str(tmp_path / 'c.png')]
+  assert cli.main(words) == 0
+  head, *_ = capsys.readouterr().out.splitlines()[-6:]
+  assert 'optim.lr' in head and 'seed' in head and 'adapter.rank' not in head
+  assert (tmp_path / 'c.png').stat().st_size > 5000
+
+
+def test_a_folder_without_runs_is_named(tmp_path, capsys):
+  assert cli.main(['runs', str(tmp_path)]) == 1
+  assert f'no run folder in {tmp_path}' in capsys.readouterr().err
+
+
+def test_shipped_sweeps_can_be_built():
+  """Every one of them, but for its data."""
+  files = sorted((tiny.EXPERIMENTS / 'sweeps').glob('*.py'))
+  found = 0
+  for file in files:
+    if 'def get_sweep' not in file.read_text():
+      continue
+    one = cli.returned(str(file), 'get_sweep', Sweep)
+    values = cli.read_values(str(file.parent / one.config), [])
+    values = json.loads(json.dumps(values))
+    # What is read is not here.
+    values['data'] |= {'path': '', 'eval_path': '', 'eval_size': 0}
+    values['eval']['benchmarks'] = {}
+    for point in one.points:
+      sweep.RunConfig.make(sweep._with(values, point))
+      found += 1
+    assert one.question.endswith('?')
+  assert found >= 45
