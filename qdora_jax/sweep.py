@@ -49,6 +49,9 @@ Point = dict[str, Any]
 # A point's word for itself, in no config.
 LABEL = 'label'
 SEED = 'seed'
+# In the folder of a run that had a process to itself: its peak memory is its
+# own, and not that of a point before it.
+ALONE = 'alone'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +216,7 @@ def run(
         fine_tune(points[name], workdir)
       else:
         subprocess.run([*isolated, '--only', name], check=True)
+        (workdir / ALONE).touch()
     except Exception as error:
       # Whatever it is, the others go on.
       failed.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +261,8 @@ def results(workdir: Path) -> dict[str, float]:
         found[f'{task} {name}'] = measure['value']
   found['trained parameters'] = summary['trained_parameters']
   found['seconds a step'] = summary['seconds_per_step']
-  found['peak GB'] = summary['peak_memory_bytes'] / 1e9
+  if (workdir / ALONE).exists():
+    found['peak GB'] = summary['peak_memory_bytes'] / 1e9
   return found
 
 
