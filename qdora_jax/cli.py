@@ -132,7 +132,7 @@ def read_values(file: str, overrides: list[str]) -> dict[str, Any]:
     raise FileNotFoundError(
       f'--config={file}: no such file{paths.beside(file)}'
     )
-  config = returned(file, 'get_config', ConfigDict, *form)
+  config = returned(file, 'get_config', ConfigDict, *form, flag='--config=')
   for word in overrides:
     values = flags.FlagValues()
     try:
@@ -172,7 +172,9 @@ class _DictParser(flags.ArgumentParser):
 config_flags.register_flag_parser_for_type(dict, _DictParser())
 
 
-def returned(file: str, name: str, kind: type, *words: str) -> Any:
+def returned(
+  file: str, name: str, kind: type, *words: str, flag: str = ''
+) -> Any:
   """What a function of a file returns for some words.
 
   Raises:
@@ -188,14 +190,14 @@ def returned(file: str, name: str, kind: type, *words: str) -> Any:
     lines = [call.lineno for call in calls if call.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:
       lines.append(error.lineno)
-    text = ' '.join(str(error).split())
+    text = f'{type(error).__name__}: {" ".join(str(error).split())}'
     raise ValueError(
-      f'{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {text}'
+      f'{flag}{file}:{lines[-1] if lines else 1}: {text}'
     ) from error
   if not isinstance(found, kind):
     whose = kind.__module__.partition('.')[0]
     raise ValueError(
-      f'{file}: expected a function {name}() that returns an '
+      f'{flag}{file}: expected a function {name}() that returns an '
       f'{whose}.{kind.__name__}, got {str(found)[:80]}'
     )
   return found

@@ -111,7 +111,7 @@ def test_the_chat_template_stands_around_a_prompt(
     return [tiny.loaded()[2].encode(' 7 ', add_special_tokens=False)]
 
   monkeypatch.setattr(
-    importlib.import_module('qdora_jax.run'), 'generate', generate
+    importlib.import_module('qdora_jax.generate'), 'generate', generate
   )
   args = ['--workdir', str(trained / 'run'), '--prompt', '3+4=']
   assert main(['generate', *args]) == 0

@@ -9,6 +9,7 @@ import tiny
 from qdora_jax import AdapterSpec, QuantSpec
 from qdora_jax.config import (
   AdapterSection,
+  EvalSection,
   ModelSection,
   OptimSection,
   RunConfig,
@@ -204,6 +205,7 @@ def test_a_folder_of_an_earlier_version_is_the_same_run():
     'adapter': AdapterSection,
     'train': TrainSection,
     'optim': OptimSection,
+    'eval': EvalSection,
   }
   added = {name: later(section) for name, section in sections.items()}
   assert added == {
@@ -211,6 +213,7 @@ def test_a_folder_of_an_earlier_version_is_the_same_run():
     'adapter': {'init': 'kaiming', 'projection_seed': 0},
     'train': {'keep_last': 2, 'keep_best': 0, 'ignore_plan': False},
     'optim': {'paged': 'none'},
+    'eval': {'benchmarks': {}},
   }
   now = RunConfig.make(values)
   for section, keys in added.items():
