@@ -104,7 +104,11 @@ def test_answers_are_those_of_single_prompts(tmp_path):
     for n in (1, 2, 5)
   ]
   assert results[0].samples == results[1].samples == results[2].samples
-  assert results[0].measures == results[2].measures
+  # In the last bits they depend on the batch.
+  for name, measure in results[0].measures.items():
+    other = results[2].measures[name]
+    assert other.value == pytest.approx(measure.value, rel=1e-5)
+    assert other.low == pytest.approx(measure.low, rel=1e-5)
   assert results[0].total == 5
 
 
