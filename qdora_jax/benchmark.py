@@ -1,9 +1,9 @@
 """A benchmark's score: a source of data, a model, and what is made of both.
 
-Three ways: by answers (generated, greedily, and judged by the task; beside
-references where the task has them), by the likelihood of choices, and by
-perplexity. Every figure has a 95% interval: Wilson's for shares, by resampling
-for others (of perplexity: of windows).
+Three ways: by answers (generated, greedily, and judged by the task or compared
+with its references; and how likely the right ones are), by the likelihood of
+choices, and by perplexity. Every figure has a 95% interval: Wilson's for
+shares, by resampling for others (of perplexity: of windows).
 """
 
 import dataclasses
@@ -15,8 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qdora_jax import chat, likelihood, nlg, rows, tasks
-from qdora_jax.evaluate import wilson
-from qdora_jax.generate import generate_text
+from qdora_jax.evaluate import answers, wilson
 from qdora_jax.nlg import Measure
 from qdora_jax.prompts import Format
 from qdora_jax.rows import Row
@@ -71,15 +70,13 @@ def of_run(
   by: By | None = None,
   *,
   base: bool = False,
-  limit: int = 0,
-  seed: int = 0,
   **options: Any,
 ) -> Result:
   """Measures a run's model, and says what of the source it was trained on.
 
   Args:
     run: the run.
-    source, by, limit, seed: as for `measure`.
+    source, by: as for `measure`.
     base: takes its base without the adapter.
     options: others of `measure`.
 
@@ -94,18 +91,14 @@ def of_run(
   params = run.base if base else run.params()
   form = run.config.data.format()
   subject = Subject(run.model, params, run.tokenizer, form)
-  found = measure(subject, source, by, limit=limit, seed=seed, **options)
-  if found.by == 'perplexity' or base:
-    return found
-  tested, _ = load(source, limit, seed)
-  try:
-    trained = [row for some in run.data.train.values() for row in some]
-  except (OSError, ValueError) as error:
-    note = f'whether it overlaps the training set is not known: {error}'
-  else:
-    seen = overlap(tested, trained)
-    note = f'{seen:,} of its questions were trained on'
-  return dataclasses.replace(found, notes=[*found.notes, note])
+  trained, notes = None, []
+  if not base:
+    try:
+      trained = [row for some in run.data.train.values() for row in some]
+    except (OSError, ValueError) as error:
+      notes = [f'whether it overlaps the training set is not known: {error}']
+  found = measure(subject, source, by, trained=trained, **options)
+  return dataclasses.replace(found, notes=[*found.notes, *notes])
 
 
 def load(source: str, limit: int = 0, seed: int = 0) -> tuple[list[Row], int]:
@@ -138,6 +131,7 @@ def measure(
   batch_size: int = 32,
   max_new_tokens: int = 0,
   length: int = 1024,
+  trained: Sequence[Row] | None = None,
   progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Result:
   """Measures a model on a source.
@@ -152,6 +146,8 @@ def measure(
     batch_size: prompts or texts read at once.
     max_new_tokens: of an answer; 0 for what the task says.
     length: tokens of a window of perplexity.
+    trained: rows the model was trained on: questions that are among them are
+      counted.
     progress: wraps the iterable over batches.
 
   Raises:
@@ -177,6 +173,9 @@ def measure(
       max_new_tokens or task.max_new_tokens,
       progress,
     )
+  if trained is not None and by != 'perplexity':
+    seen = overlap(found, trained)
+    result['notes'].append(f'{seen:,} of its questions were trained on')
   seconds = round(time.perf_counter() - began, 1)
   return Result(source, by, available=available, seconds=seconds, **result)
 
@@ -202,7 +201,7 @@ def _by_likelihood(subject, found, batch_size, progress) -> dict[str, Any]:
       for one, label in zip(chosen, labels, strict=True)
     )
     measures[f'accuracy {way.replace("_", " ")}'] = _share(right, len(found))
-  return {'total': len(found), 'measures': measures}
+  return {'total': len(found), 'measures': measures, 'notes': []}
 
 
 def _by_perplexity(
@@ -222,15 +221,14 @@ def _by_perplexity(
     progress=progress,
   )
   nats, tokens = np.array(got.nats), np.array(got.tokens)
-  words, size = got.words / tokens.sum(), got.bytes / tokens.sum()
 
-  def loss(at: np.ndarray) -> float:
-    return nats[at].sum() / tokens[at].sum()
+  def some(at: np.ndarray) -> likelihood.Perplexity:
+    return dataclasses.replace(got, nats=nats[at], tokens=tokens[at])
 
   ways = {
-    'perplexity by token': lambda at: float(np.exp(loss(at))),
-    'perplexity by word': lambda at: float(np.exp(loss(at) / words)),
-    'bits by byte': lambda at: float(loss(at) / size / np.log(2)),
+    'perplexity by token': lambda at: some(at).by_token,
+    'perplexity by word': lambda at: some(at).by_word,
+    'bits by byte': lambda at: some(at).bits_by_byte,
   }
   measures = {name: nlg.bootstrap(f, len(nats)) for name, f in ways.items()}
   return {
@@ -243,38 +241,23 @@ def _by_perplexity(
 def _by_answers(
   subject, found, task, shots, batch_size, max_new_tokens, progress
 ) -> dict[str, Any]:
-  for row in found:
-    if row.answer is None:
-      raise ValueError(
-        f'{row.place} has no answer to compare with; expected a completion or '
-        "an assistant turn at the end (or by='perplexity')"
-      )
-  said: list[str] = []
-  for start in progress(range(0, len(found), batch_size)):
-    prompts = [
-      chat.question_ids(subject.tokenizer, row, subject.form, shots)
-      for row in found[start : start + batch_size]
-    ]
-    # A last batch of fewer would be another program.
-    fill = [prompts[-1]] * (min(batch_size, len(found)) - len(prompts))
-    texts = generate_text(
-      subject.model,
-      subject.params,
-      subject.tokenizer,
-      prompts + fill,
-      max_new_tokens,
-    )
-    said += [text.strip() for text in texts[: len(prompts)]]
-  samples = [
-    (row.question, answer, row.answer)
-    for row, answer in zip(found[:3], said, strict=False)
-  ]
+  said = answers(
+    subject.model,
+    subject.params,
+    subject.tokenizer,
+    found,
+    subject.form,
+    shots=shots,
+    batch_size=batch_size,
+    max_new_tokens=max_new_tokens,
+    progress=progress,
+  )
+  pairs = list(zip(found, said, strict=True))
   notes: list[str] = []
   if 'references' in found[0].values:
     wanted = [row.values['references'] for row in found]
     measures, notes = nlg.compare(said, wanted)
   else:
-    pairs = list(zip(found, said, strict=True))
     right = sum(row.score(answer) == 1 for row, answer in pairs)
     formed = sum(re.fullmatch(task.pattern, a) is not None for a in said)
     measures = {
@@ -284,7 +267,7 @@ def _by_answers(
   return {
     'total': len(found),
     'measures': measures | _nats(subject, found, batch_size),
-    'samples': samples,
+    'samples': [(r.question, answer, r.answer) for r, answer in pairs[:3]],
     'notes': notes,
   }
 

@@ -97,28 +97,59 @@ def exact_match(
   Raises:
     ValueError: if a row has no answer.
   """
+  said = answers(
+    model,
+    params,
+    tokenizer,
+    rows,
+    form,
+    shots=shots,
+    batch_size=batch_size,
+    max_new_tokens=max_new_tokens,
+    progress=progress,
+  )
+  pairs = list(zip(rows, said, strict=True))
+  return Score(
+    sum(row.score(answer) == 1 for row, answer in pairs),
+    sum(re.fullmatch(answer_pattern, answer) is not None for answer in said),
+    len(rows),
+    tuple((row.question, answer, row.answer) for row, answer in pairs[:3]),
+  )
+
+
+def answers(
+  model: Decoder,
+  params: Any,
+  tokenizer: Any,
+  rows: Sequence[Row],
+  form: Format = CHAT,
+  *,
+  shots: Sequence[Row] = (),
+  batch_size: int = 50,
+  max_new_tokens: int = 16,
+  progress: Any = iter,
+) -> list[str]:
+  """What the model answers to each row's question, greedily.
+
+  Args, Raises: as for `exact_match`.
+  """
   for row in rows:
     if row.answer is None:
       raise ValueError(
         f'{row.place} has no answer to compare with; expected a completion or '
-        'an assistant turn at the end (or config.eval.exact_match=False)'
+        'an assistant turn at the end (or config.eval.exact_match=False, '
+        '--by perplexity)'
       )
-  right = parseable = 0
-  samples = []
-  starts = range(0, len(rows), batch_size)
-  for start in progress(starts):
+  said: list[str] = []
+  for start in progress(range(0, len(rows), batch_size)):
     part = rows[start : start + batch_size]
     prompts = [question_ids(tokenizer, row, form, shots) for row in part]
-    answers = generate(
+    ids = generate(
       model, params, prompts, max_new_tokens, stop=[tokenizer.eos_token_id]
     )
-    for row, ids in zip(part, answers, strict=True):
-      answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
-      right += row.score(answer) == 1
-      parseable += re.fullmatch(answer_pattern, answer) is not None
-      if len(samples) < 3:
-        samples.append((row.question, answer, row.answer))
-  return Score(right, parseable, len(rows), tuple(samples))
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    said += [text.strip() for text in texts]
+  return said
 
 
 def held_out_loss(

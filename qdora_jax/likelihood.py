@@ -1,6 +1,7 @@
 """How likely a model finds texts: perplexity, and choices by likelihood."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -118,42 +119,24 @@ def _step(length: int) -> int:
   return -(-length // quarter) * quarter
 
 
-@jax.jit
-def _of_logits(logits, labels, weights):
-  logp = jax.nn.log_softmax(logits, -1)
-  mine = jnp.take_along_axis(logp, labels[..., None], -1)[..., 0]
-  best = (jnp.argmax(logits, -1) == labels) | (weights == 0)
-  return jnp.sum(mine * weights, 1), jnp.all(best, 1)
-
-
-def _scored(model, params, batch):
+@functools.partial(jax.jit, static_argnums=0)
+def _score(model, params, batch):
   """Of each row its log likelihood, and whether it is the greedy one."""
-  variables = {'params': params}
-  hidden, _ = model.apply(
-    variables,
-    batch['tokens'],
-    batch['positions'],
-    batch['segments'],
-    method='hidden',
-  )
-  hidden = jnp.take_along_axis(hidden, batch['loss_at'][..., None], axis=1)
-  parts = in_chunks(
-    (hidden, batch['labels'], batch['weights']),
-    best_chunk(jax.default_backend()),
-  )
+  parts = in_chunks(model, params, batch, best_chunk(jax.default_backend()))
 
   def score(sums, chunk):
     hidden, labels, weights = chunk
-    logits = model.apply(variables, hidden, method='unembed')
-    nats, greedy = _of_logits(logits, labels, weights)
-    return (sums[0] + nats, sums[1] & greedy), None
+    logits = model.apply({'params': params}, hidden, method='unembed')
+    logp = jax.nn.log_softmax(logits, -1)
+    mine = jnp.take_along_axis(logp, labels[..., None], -1)[..., 0]
+    best = (jnp.argmax(logits, -1) == labels) | (weights == 0)
+    nats, greedy = sums
+    nats += jnp.sum(mine * weights, 1)
+    return (nats, greedy & jnp.all(best, 1)), None
 
   rows = len(batch['labels'])
   start = (jnp.zeros(rows), jnp.ones(rows, bool))
   return jax.lax.scan(score, start, parts)[0]
-
-
-_score = jax.jit(_scored, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +146,13 @@ class Perplexity:
   Attributes:
     nats: of each window, summed over its tokens.
     tokens: of each window.
-    words, bytes: of the text.
+    words, bytes: of the text, for each token.
   """
 
   nats: Sequence[float]
   tokens: Sequence[int]
-  words: int
-  bytes: int
+  words: float
+  bytes: float
 
   @property
   def loss(self) -> float:
@@ -183,11 +166,11 @@ class Perplexity:
   @property
   def by_word(self) -> float:
     """Comparable between tokenizers."""
-    return math.exp(sum(self.nats) / self.words)
+    return math.exp(self.loss / self.words)
 
   @property
   def bits_by_byte(self) -> float:
-    return sum(self.nats) / math.log(2) / self.bytes
+    return self.loss / math.log(2) / self.bytes
 
 
 def perplexity(
@@ -231,8 +214,8 @@ def perplexity(
   return Perplexity(
     [-f.nats for f in found],
     [f.tokens for f in found],
-    max(1, len(text.split())),
-    len(text.encode()),
+    max(1, len(text.split())) / len(ids),
+    len(text.encode()) / len(ids),
   )
 
 

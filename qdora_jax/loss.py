@@ -43,27 +43,33 @@ def summed_loss(
       at least. None: what the devices here are best at.
   """
   chunk = chunk or best_chunk(jax.default_backend())
-  variables = {'params': params}
+  head = {k: params[k] for k in ('embed', 'lm_head') if k in params}
+  if not model.config.tied:
+    del head['embed']
+  return _in_chunks(model, head, *in_chunks(model, params, batch, chunk))
+
+
+def in_chunks(
+  model: Decoder, params: Tree, batch: Batch, chunk: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What logits are made of: `chunk` tokens in each of N parts.
+
+  Returns:
+    (hidden [N, B, C / N, D], labels [N, B, C / N], weights [N, B, C / N]): the
+    learned tokens.
+  """
   hidden, _ = model.apply(
-    variables,
+    {'params': params},
     batch['tokens'],
     batch['positions'],
     batch['segments'],
     method='hidden',
   )
   hidden = jnp.take_along_axis(hidden, batch['loss_at'][..., None], axis=1)
-  head = {k: params[k] for k in ('embed', 'lm_head') if k in params}
-  if not model.config.tied:
-    del head['embed']
-  parts = in_chunks((hidden, batch['labels'], batch['weights']), chunk)
-  return _in_chunks(model, head, *parts)
-
-
-def in_chunks(arrays: Any, chunk: int) -> Any:
-  """Arrays [B, C, ...] as [N, B, C / N, ...], `chunk` tokens in each of N."""
-  rows, learned = jax.tree.leaves(arrays)[0].shape[:2]
+  rows, learned = batch['labels'].shape
   count = -(-learned // max(1, chunk // rows))
-  return jax.tree.map(lambda a: _chunks(a, count), arrays)
+  parts = (hidden, batch['labels'], batch['weights'])
+  return jax.tree.map(lambda a: _chunks(a, count), parts)
 
 
 def best_chunk(backend: str) -> int:

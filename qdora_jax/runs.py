@@ -69,7 +69,8 @@ def table(found: Sequence[Seen], compare: bool = False) -> str:
     for n, run in enumerate(found)
   ]
   keys = list(dict.fromkeys(key for row in rows for key in row))
-  lines = [keys, *([str(row.setdefault(k, '')) for k in keys] for row in rows)]
+  cells = [[row[k] if k in row else '' for k in keys] for row in rows]
+  lines = [keys, *cells]
   widths = [max(len(line[n]) for line in lines) for n in range(len(keys))]
   return '\n'.join(
     '  '.join(

@@ -126,6 +126,13 @@ def build(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, RunConfig]:
   """
   if not sweep.points:
     raise ValueError('the sweep has no points')
+  swept = {key: None for point in sweep.points for key in point}
+  for key in filter(None, (sweep.x, *sweep.over)):
+    if key not in swept:
+      raise ValueError(
+        f'x or over of the sweep names {key!r}, which no point has; swept are '
+        f'{", ".join(swept)}'
+      )
   built: dict[str, RunConfig] = {}
   wrong = []
   for point in sweep.points:
@@ -192,7 +199,7 @@ def run(
     isolated: a command that runs the sweep: each point is a process of its own.
 
   Returns:
-    How many points have failed, at most 1.
+    1 if a point has failed, else 0: the command's exit code.
 
   Raises:
     ValueError: if `only` names none.
@@ -418,7 +425,7 @@ def plot(sweep: Sweep, found: Sequence[Group], path: Path) -> None:
       bars = [error(group) for group in some]
       axes.errorbar(xs, ys, bars, marker='o', capsize=3, label=name)
     xs = [g.point[sweep.x] for g in found if sweep.x in g.point]
-    numbers = all(isinstance(x, int | float) and x > 0 for x in xs)
+    numbers = xs and all(isinstance(x, int | float) and x > 0 for x in xs)
     if numbers and max(xs) >= 8 * min(xs):
       axes.set_xscale('log')
     if numbers:

@@ -123,23 +123,35 @@ def _stem(record: Record) -> str:
   return record['question']
 
 
-def _posed(
-  ask: str, word: str, options: Sequence[str], between: str, end: str
-) -> str:
-  """The instruction: the question, the options by number, the answer's form."""
-  heads = [f'{word}{n}' for n in range(1, len(options) + 1)]
-  listed = between.join(
-    f'{head}: {option}' for head, option in zip(heads, options, strict=True)
-  )
-  form = '/'.join(head.lower() for head in heads)
-  return f'{ask}\n\n{listed}{end}Answer format: {form}'
-
-
 def _row(prompt: str, answer: str, **values: Any) -> list[dict[str, Any]]:
   completion = f'the correct answer is {answer}'
   return [
     {'prompt': prompt, 'completion': completion, 'answer': answer, **values}
   ]
+
+
+def _choice(
+  record: Record,
+  ask: str,
+  word: str,
+  context: str,
+  between: str = ' ',
+  end: str = '\n\n',
+) -> list[dict[str, Any]]:
+  """The question, its options by number ('Answer2: ...'), the answer's form."""
+  options, label = _choices(record), _label(record)
+  heads = [f'{word}{n}' for n in range(1, len(options) + 1)]
+  listed = between.join(
+    f'{head}: {option}' for head, option in zip(heads, options, strict=True)
+  )
+  form = '/'.join(head.lower() for head in heads)
+  return _row(
+    f'Please choose the correct {ask}\n\n{listed}{end}Answer format: {form}',
+    heads[label].lower(),
+    context=context,
+    choices=[f' {option}' for option in options],
+    label=label,
+  )
 
 
 def _boolq(record: Record) -> list[dict[str, Any]]:
@@ -158,34 +170,21 @@ def _boolq(record: Record) -> list[dict[str, Any]]:
 
 
 def _piqa(record: Record) -> list[dict[str, Any]]:
-  options, goal = _choices(record), record['goal']
-  ask = f'Please choose the correct solution to the question: {goal}'
-  return _row(
-    _posed(ask, 'Solution', options, '\n\n', '\n\n'),
-    f'solution{_label(record) + 1}',
-    context=f'Question: {goal}\nAnswer:',
-    choices=[f' {option}' for option in options],
-    label=_label(record),
-  )
+  goal = record['goal']
+  ask = f'solution to the question: {goal}'
+  context = f'Question: {goal}\nAnswer:'
+  return _choice(record, ask, 'Solution', context, between='\n\n')
 
 
 def _question(record: Record) -> list[dict[str, Any]]:
-  options, question = _choices(record), _stem(record)
+  question = _stem(record)
   context = f'Question: {question}\nAnswer:'
   if 'context' in record:
     # Social IQa.
     question = f'{record["context"]} {question}'
     context = f'Q: {question}\nA:'
-  elif 'question_stem' in record:
-    context = question
-  ask = f'Please choose the correct answer to the question: {question}'
-  return _row(
-    _posed(ask, 'Answer', options, ' ', '\n\n'),
-    f'answer{_label(record) + 1}',
-    context=context,
-    choices=[f' {option}' for option in options],
-    label=_label(record),
-  )
+  ask = f'answer to the question: {question}'
+  return _choice(record, ask, 'Answer', context)
 
 
 def _openbookqa(record: Record) -> list[dict[str, Any]]:
@@ -193,36 +192,24 @@ def _openbookqa(record: Record) -> list[dict[str, Any]]:
 
 
 def _hellaswag(record: Record) -> list[dict[str, Any]]:
-  options, text = _choices(record), record['ctx']
+  text = record['ctx']
   if 'activity_label' in record:
     text = f'{record["activity_label"]}: {text}'
-  ask = (
-    'Please choose the correct ending to complete the given sentence: ' + text
-  )
-  return _row(
-    _posed(ask, 'Ending', options, ' ', '\n\n'),
-    f'ending{_label(record) + 1}',
-    context=text,
-    choices=[f' {option}' for option in options],
-    label=_label(record),
-  )
+  ask = f'ending to complete the given sentence: {text}'
+  return _choice(record, ask, 'Ending', text)
 
 
 def _winogrande(record: Record) -> list[dict[str, Any]]:
-  options, sentence = _choices(record), record['sentence']
+  sentence = record['sentence']
   ask = (
-    'Please choose the correct answer to fill in the blank to complete the '
-    f'given sentence: {sentence}'
+    f'answer to fill in the blank to complete the given sentence: {sentence}'
   )
+  (row,) = _choice(record, ask, 'Option', '', end=' ')
   before, _, after = sentence.partition('_')
-  return _row(
-    _posed(ask, 'Option', options, ' ', ' '),
-    f'option{_label(record) + 1}',
-    # The options differ in what comes before; the rest is what is likely.
-    context=[before + option for option in options],
-    choices=[f' {after.strip()}'] * len(options),
-    label=_label(record),
-  )
+  # The options differ in what comes before; the rest is what is likely.
+  row['context'] = [before + option for option in _choices(record)]
+  row['choices'] = [f' {after.strip()}'] * len(row['context'])
+  return [row]
 
 
 def _choosing(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from qdora_jax import optim, processes, scaling
@@ -254,7 +255,8 @@ def fit(
   if mesh is None and not any(map(is_paged, jax.tree.leaves(like))):
     like = None
   scaled = lr if isinstance(lr, optim.Scaled) else None
-  peak = None if scaled is None else jnp.float32(scaled.peak)
+  # Of numpy: every process has it, whatever devices the step runs on.
+  peak = None if scaled is None else np.float32(scaled.peak)
   step = make_step(model, transformation, microbatches, like, scaled)
   fixed = jax.jit(norms)(base, state['trained'])
   rng = jax.random.wrap_key_data(state['rng'])

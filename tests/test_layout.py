@@ -19,7 +19,14 @@ FLOORS = {
 }
 FLOORS[2] += ('placement', 'sight', 'flash')
 FLOORS[3] += ('loss', 'train', 'generate', 'evaluate', 'report')
-FLOORS[3] += ('tasks', 'prompts', 'likelihood', 'nlg', 'benchmark')
+FLOORS[3] += (
+  'config_file',
+  'tasks',
+  'prompts',
+  'likelihood',
+  'nlg',
+  'benchmark',
+)
 FLOORS[3] += ('harness', 'fastchat', 'sweep', 'runs')
 FLOORS[3] += ('folder', 'run', 'finetune', 'processes')
 FLOORS[3] += ('paged', 'adam8bit', 'scaling', 'tally', 'compiled')

@@ -95,21 +95,34 @@ def test_points_that_cannot_be_are_named_before_anything_runs(
 ):
   out = tmp_path / 'out'
   for points, words in (
-    ("grid('optim.lrr', [1.0])", ['point lrr=1.0', 'optim.lr?']),
-    ("grid('adapter.rank', [4, 'x'])", ['point rank=x', 'expected int']),
-    ("grid('optimm.lr', [1.0])", ['point lr=1.0', 'optim']),
-    ("grid('seed', [1, 1])", ['two points', 'seed=1']),
-    ("grid('data.path', ['gone.jsonl'])", ['point path=gone.jsonl', 'no such']),
+    (
+      "grid('optim.lrr', [1.0]) + grid('optim.lr', [2.0])",
+      ['point lrr=1.0', 'optim.lr?'],
+    ),
+    (
+      "product(grid('adapter.rank', [4, 'x']), grid('optim.lr', [1.0]))",
+      ['point rank=x', 'expected int'],
+    ),
+    (
+      "grid('optimm.lr', [1.0]) + grid('optim.lr', [2.0])",
+      ['point lr=1.0', 'optim'],
+    ),
+    ("grid('optim.lr', [1.0, 1.0])", ['two points', 'lr=1.0']),
+    (
+      "product(grid('data.path', ['gone.jsonl']), grid('optim.lr', [1.0]))",
+      ['point path=gone.jsonl', 'no such'],
+    ),
     ('[]', ['no points']),
+    ("grid('adapter.rank', [4])", ["'optim.lr', which no point has"]),
     ('1 / 0', ['sweep.py:8', 'division']),
   ):
     assert cli.main(['sweep', made(points), '--out', str(out)]) == 1
     err = capsys.readouterr().err
     assert all(word in err for word in words), err
   assert not out.exists()
-  words = ['sweep', made("grid('seed', [1])"), '--out', str(out)]
-  assert cli.main([*words, '--only', 'seed=2']) == 1
-  assert 'the points are seed=1' in capsys.readouterr().err
+  words = ['sweep', made("grid('optim.lr', [1.0])"), '--out', str(out)]
+  assert cli.main([*words, '--only', 'lr=2.0']) == 1
+  assert 'the points are lr=1.0' in capsys.readouterr().err
   assert cli.main(['sweep', 'gone.py', '--out', str(out)]) == 1
   assert 'gone.py: no such file' in capsys.readouterr().err
 
@@ -216,3 +229,24 @@ def test_shipped_sweeps_can_be_built():
       found += 1
     assert one.question.endswith('?')
   assert found >= 45
+
+
+@pytest.mark.slow
+def test_each_point_in_a_process_of_its_own(tmp_path, monkeypatch):
+  """Its peak memory is its own, and stands in the table then."""
+  monkeypatch.setenv('XLA_FLAGS', '')
+  rows = [{'prompt': f'{n}+1=', 'completion': f'{n + 1}'} for n in range(30)]
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  overrides = {'train.steps': 2, 'eval.before': False, 'data.eval_size': 4}
+  overrides['data.path'] = str(tmp_path / 'rows.jsonl')
+  tiny.config_file(tmp_path, tiny.write(tmp_path / 'model'), **overrides)
+  file = tmp_path / 'sweep.py'
+  file.write_text(SWEEP.format(points="grid('optim.lr', [1e-2, 1e-3])"))
+  out = tmp_path / 'out'
+  words = ['sweep', str(file), '--out', str(out)]
+  assert cli.main([*words, '--isolate', '--config.seed=7']) == 0
+  with (out / 'table.csv').open() as table:
+    found = list(csv.DictReader(table))
+  assert len(found) == 2 and all(float(row['peak GB']) > 0.1 for row in found)
+  config = json.loads((out / 'points' / 'lr=0.001' / 'config.json').read_text())
+  assert (config['optim']['lr'], config['seed']) == (1e-3, 7)

@@ -10,8 +10,8 @@ tests and figures take them from ../shared/data/e2e_nlg. The paper trains GPT-2
 medium for 5 epochs (BLEU 70.4 with LoRA); this is a small model, of which
 experiments/RESULTS.md says what it reaches.
 
-`e2e.py:tiny` takes 4 steps of a small part of the data, on two CPU cores: a
-minute, 1.5 GB, and nothing learned worth a figure.
+`e2e.py:tiny` takes 4 steps of a small part of the data: 74 s on two CPU cores
+beside other work, and nothing learned worth a figure.
 """
 
 import runpy

@@ -18,7 +18,7 @@ import tiny
 import torch
 import transformers
 
-from qdora_jax import QuantSpec, harness, load_pretrained
+from qdora_jax import QuantSpec, cli, finetune, harness, load_pretrained
 from qdora_jax.generate import Draw, pick
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -124,6 +124,24 @@ def test_tasks_score_the_same_as_on_the_harness_own_model(folder, monkeypatch):
       )
       np.testing.assert_allclose(got, expected, rtol=1e-4)
   assert len({str(sample['resps']) for sample in ours['ours_words']}) > 1
+
+
+def test_by_command_with_and_without_the_adapter(folder, monkeypatch, capsys):
+  monkeypatch.setenv('HF_DATASETS_CACHE', str(folder / 'cache'))
+  monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+  rows = [{'prompt': f'{n}', 'completion': 'red'} for n in range(9)]
+  (folder / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  options = {'data.path': str(folder / 'rows.jsonl'), 'data.eval_size': 0}
+  options |= {'train.steps': 1, 'data.train_size': 0}
+  config = tiny.run_config(folder / 'model', **options)
+  finetune.fine_tune(config, folder / 'run')
+  capsys.readouterr()
+  words = ['evaluate', '--workdir', str(folder / 'run'), '--limit', '2']
+  words += ['--harness', 'ours_choice', '--include-path', str(folder / 'tasks')]
+  for more in ([], ['--base']):
+    assert cli.main([*words, *more]) == 0
+    out = capsys.readouterr().out
+    assert '|ours_choice|' in out and '|acc ' in out
 
 
 def test_quantized_bases_are_measured_too(folder, monkeypatch):

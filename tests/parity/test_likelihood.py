@@ -1,1 +1,0 @@
-"""Sampling beside transformers, windows and whole tasks beside lm_eval."""
