@@ -11,11 +11,19 @@ from tiny import quick_compiles  # noqa: F401
 from qdora_jax import likelihood
 from qdora_jax.rows import Row
 
+_logits = jax.jit(
+  lambda model, params, ids: model.apply({'params': params}, ids),
+  static_argnums=0,
+)
+
 
 def by_logits(model, params, context, continuation):
   """(nats, greedy) from all logits of one text, in float64."""
   ids = np.array([*context, *continuation])
-  logits = model.apply({'params': params}, ids[None])[0]
+  # One program for all lengths: no token sees those behind it.
+  padded = np.zeros((1, 64), np.int32)
+  padded[0, : len(ids)] = ids
+  logits = _logits(model, params, padded)[0, : len(ids)]
   logp = np.asarray(jax.nn.log_softmax(logits), np.float64)
   at = np.arange(len(context), len(ids))
   best = logp[at - 1].argmax(-1) == ids[at]
@@ -32,8 +40,10 @@ def test_likelihoods_are_those_of_the_logits():
   ]
   # One that is greedy.
   ids = pairs[1][0]
-  logits = model.apply({'params': params}, np.array([ids]))[0]
-  pairs.append((ids, [int(logits[-1].argmax())]))
+  padded = np.zeros((1, 64), np.int32)
+  padded[0, : len(ids)] = ids
+  logits = _logits(model, params, padded)[0, len(ids) - 1]
+  pairs.append((ids, [int(logits.argmax())]))
   got = likelihood.log_likelihoods(model, params, pairs, batch_size=4)
   assert len(got) == 6
   for one, pair in zip(got, pairs, strict=True):

@@ -127,6 +127,7 @@ def test_points_that_cannot_be_are_named_before_anything_runs(
   assert 'gone.py: no such file' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
   made, tmp_path, capsys, monkeypatch
 ):
