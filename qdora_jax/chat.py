@@ -42,6 +42,10 @@ class Example:
   def __len__(self) -> int:
     return len(self.tokens)
 
+  def all_learned(self) -> 'Example':
+    """The same tokens, the prompt's learned like the answer's."""
+    return dataclasses.replace(self, learned=np.ones_like(self.learned))
+
 
 def encode(
   tokenizer: Any, row: Row | Mapping[str, Any], form: Format = CHAT

@@ -51,6 +51,7 @@ class DataSection:
   eval_size: int
   packing: bool
   too_long: Literal['drop', 'truncate']
+  learn_prompts: bool = False
 
   def format(self) -> Format:
     return Format(self.template, self.system, self.instruction)

@@ -24,7 +24,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType
 
 from qdora_jax import loss, optim, paths, sight
-from qdora_jax.adapter import init_adapter
+from qdora_jax.adapter import Adapter, init_adapter
 from qdora_jax.attention import Form, best
 from qdora_jax.model import Decoder, ModelConfig, Remat, init_cache
 from qdora_jax.sharding import AXES, shardings
@@ -248,7 +248,7 @@ def _kept(job: Job) -> tuple[int, int]:
   }
   device = host = 0
   for aval in kept.values():
-    size = aval.size * jnp.dtype(aval.dtype).itemsize
+    size = aval.size * aval.dtype.itemsize
     on_host = aval.memory_space == jax.memory.Space.Host
     device, host = device + size * (not on_host), host + size * on_host
   return device, host
@@ -268,6 +268,13 @@ _SCORES, _WAITING = 4, 3
 # Arrays [tokens, H Dh] of float32 that attention in chunks has instead: queries
 # in chunks, and the sums that become their gradients.
 _CHUNKED = 2
+# Bytes for each number that a layer's dropout leaves out or not: random bits,
+# masks, what is left, its gradient; DoRA has a second product with it. With
+# 'none' they are activations.
+_DROPPED = {
+  'lora': {'block': 12, 'dots': 12, 'none': 0},
+  'dora': {'block': 14, 'dots': 16, 'none': 0},
+}
 # Arrays [tokens, D]: norms' outputs, queries, residual sums, their gradients.
 _NARROW = 9
 
@@ -286,8 +293,9 @@ def workspace(job: Job) -> int:
   c, ways = job.model, job.tensor
   adapted = job.adapter is not None
   dora = adapted and job.adapter.has_magnitude
-  by_remat = _WIDE['dora' if dora else 'lora' if adapted else 'full']
-  f32, narrow = by_remat['block' if job.remat == 'offload' else job.remat]
+  method = 'dora' if dora else 'lora' if adapted else 'full'
+  remat = 'block' if job.remat == 'offload' else job.remat
+  f32, narrow = _WIDE[method][remat]
   stored = job.remat == 'none'
   # With 'dots' and no adapter nothing of attention is asked for before its own
   # turn: its product with o is there.
@@ -305,9 +313,18 @@ def workspace(job: Job) -> int:
     # W and V = W + s A B in float32, and V's square.
     unfactored = 3 * c.width * -(-c.ff // ways) * FLOAT
   feed_forward = wide + waiting * scores + dense + unfactored
+  if adapted and job.adapter.dropout:
+    rest += job.tokens * _inputs(job) * _DROPPED[method][remat]
   trained = share(trees(job).trained, job).values()
   copies = 2 * max(trained) if job.paged else sum(trained)
   return copies + rest + max(feed_forward, (_SCORES - stored) * scores)
+
+
+def _inputs(job: Job) -> int:
+  """In-features of a layer's adapted kernels, together."""
+  trained = paths.flatten(trees(job).trained).values()
+  adapters = [a for a in trained if isinstance(a, Adapter)]
+  return sum(a.lora_a.shape[-2] for a in adapters if a.lora_a is not None)
 
 
 def attention_scores(job: Job) -> int:

@@ -16,6 +16,7 @@ import functools
 import gzip
 import json
 import re
+import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -129,9 +130,10 @@ def read(
   """All rows of a file or of a hub data set.
 
   Args:
-    source: a file that ends in one of SUFFIXES, or 'hub:OWNER/NAME'; with
-      'TASK:' before it, records of a benchmark. A .json file holds one list or
-      one object a line, a .txt file one text.
+    source: a file that ends in one of SUFFIXES, or 'hub:OWNER/NAME', of which
+      'hub:OWNER/NAME?name=CONFIG&split=test' sets options; with 'TASK:' before
+      it, records of a benchmark. A .json file holds one list or one object a
+      line, a .txt file one text.
     fields: {'prompt': 'question'} takes the row's field 'question' as prompt.
     options: for hub data: keywords of `datasets.load_dataset`; the split is
       'train' unless they say otherwise.
@@ -262,9 +264,17 @@ def _hub(name: str, options: dict[str, Any]) -> list[Row]:
     import datasets
   except ImportError as error:
     raise _needs_hf(f'hub:{name}') from error
+  name, _, query = name.partition('?')
   if not name:
     raise ValueError("'hub:' names nothing; expected 'hub:OWNER/NAME'")
-  options = {'split': 'train', **options}
+  try:
+    asked = dict(urllib.parse.parse_qsl(query, strict_parsing=bool(query)))
+  except ValueError as error:
+    raise ValueError(
+      f"hub:{name}?{query}: expected 'hub:{name}?name=CONFIG&split=SPLIT', of "
+      'keywords of datasets.load_dataset'
+    ) from error
+  options = {'split': 'train', **options, **asked}
   try:
     table = datasets.load_dataset(name, **options)
   except (OSError, datasets.exceptions.DatasetsError) as error:

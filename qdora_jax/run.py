@@ -151,6 +151,11 @@ class Run:
       source: self._encoded(rows, f'reading {source}')
       for source, rows in self.data.train.items()
     }
+    if config.data.learn_prompts:
+      examples = {
+        source: [example.all_learned() for example in some]
+        for source, some in examples.items()
+      }
     return Batches(
       examples,
       config.train.batch_size,

@@ -212,22 +212,24 @@ def _winogrande(record: Record) -> list[dict[str, Any]]:
   return [row]
 
 
+def _published(record: Record) -> list[dict[str, Any]]:
+  """A record of LLM-Adapters' own files."""
+  return [
+    {
+      'prompt': record['instruction'],
+      'completion': record['output'],
+      'answer': record['answer'],
+    }
+  ]
+
+
 def _choosing(
   pose: Callable[[Record], list[dict[str, Any]]], words: str
 ) -> Task:
   """A commonsense task; words: regex of its answers."""
 
   def rows(record: Record) -> list[dict[str, Any]]:
-    if 'instruction' not in record:
-      return pose(record)
-    # LLM-Adapters' own file.
-    return [
-      {
-        'prompt': record['instruction'],
-        'completion': record['output'],
-        'answer': record['answer'],
-      }
-    ]
+    return (_published if 'instruction' in record else pose)(record)
 
   def right(answer: str, values: Mapping[str, Any]) -> bool:
     found = re.search(words, answer)
@@ -325,6 +327,10 @@ TASKS = {
   'arc_easy': _choosing(_question, 'answer[1-5]'),
   'arc_challenge': _choosing(_question, 'answer[1-5]'),
   'openbookqa': _choosing(_openbookqa, 'answer[1-5]'),
+  # All eight, as commonsense_170k.json of LLM-Adapters holds them.
+  'commonsense': _choosing(
+    _published, 'true|false|(?:solution|option|answer|ending)[1-5]'
+  ),
   'gsm8k': Task(_gsm8k, _same_number, r'(?s).*####\s*-?[\d.,]+\s*', 256),
   'orca_math': Task(_orca_math, _same_number, r'(?s).*\d.*', 512),
   'alpaca': Task(_alpaca, max_new_tokens=256),

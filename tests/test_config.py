@@ -9,6 +9,7 @@ import tiny
 from qdora_jax import AdapterSpec, QuantSpec
 from qdora_jax.config import (
   AdapterSection,
+  DataSection,
   EvalSection,
   ModelSection,
   OptimSection,
@@ -202,6 +203,7 @@ def test_a_folder_of_an_earlier_version_is_the_same_run():
   values = tiny.config('model')
   sections = {
     'model': ModelSection,
+    'data': DataSection,
     'adapter': AdapterSection,
     'train': TrainSection,
     'optim': OptimSection,
@@ -210,6 +212,7 @@ def test_a_folder_of_an_earlier_version_is_the_same_run():
   added = {name: later(section) for name, section in sections.items()}
   assert added == {
     'model': {'attention': 'auto'},
+    'data': {'learn_prompts': False},
     'adapter': {'init': 'kaiming', 'projection_seed': 0},
     'train': {'keep_last': 2, 'keep_best': 0, 'ignore_plan': False},
     'optim': {'paged': 'none'},

@@ -16,6 +16,7 @@ from qdora_jax.data import Batches
 from qdora_jax.interop import hf
 from qdora_jax.loss import summed_loss
 from qdora_jax.rows import Row
+from qdora_jax.run import Run
 
 
 def section(**overrides):
@@ -307,6 +308,29 @@ def test_conversations_that_are_split_are_counted(tmp_path):
   assert 'split' not in str(Batches(examples[:1], 2).counts)
   cut = Batches(examples, 2, len(examples[2]), too_long='truncate').counts
   assert (cut.split, cut.turns) == (2, 5)
+
+
+def test_prompts_are_learned_if_asked_for(tmp_path):
+  file = tmp_path / 'rows.jsonl'
+  rows = [{'prompt': f'ab {n}', 'completion': 'cd'} for n in range(4)]
+  file.write_text('\n'.join(map(json.dumps, rows)))
+  options = {'data.path': str(file), 'data.eval_size': 1, 'train.seq_len': 0}
+  answers, everything = (
+    Run.open(
+      tiny.run_config(
+        tiny.write(tmp_path / 'model'), **options, **{'data.learn_prompts': ask}
+      ),
+      tmp_path / 'run',
+    )
+    for ask in (False, True)
+  )
+  counts = everything.batches.counts
+  assert counts.tokens == answers.batches.counts.tokens
+  # All but the first token of each, which nothing stands before.
+  assert counts.learned == counts.tokens - counts.examples
+  assert answers.batches.counts.learned < counts.learned
+  # What is held out is scored by its answers.
+  assert answers.held_out.counts == everything.held_out.counts
 
 
 def test_packed_examples_cannot_see_each_other():

@@ -133,6 +133,18 @@ def test_within_a_tenth_of_the_compiler(method, remat, shape):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('shape', ['wide', 'long'])
+@pytest.mark.parametrize('remat', ['block', 'dots', 'none'])
+@pytest.mark.parametrize('method', ['lora', 'qdora'])
+def test_dropout(method, remat, shape):
+  adapter = dataclasses.replace(METHODS[method][1], dropout=0.05)
+  job = job_of(method, remat, shape, adapter=adapter)
+  memory = compiled_memory(job)
+  whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  assert plan(job).total == pytest.approx(whole, rel=0.1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['full', 'qdora'])
 def test_microbatches(method):
   job = job_of(method, 'block', 'wide', batch=4, microbatches=2)

@@ -84,6 +84,10 @@ def test_hub_data_sets(tmp_path):
   found = rows.read(name, options={'split': 'test'})
   assert values(found) == SUMS[:1]
   assert found[0].place == f'{name}/test[0]'
+  # A benchmark's source has its split with it.
+  assert values(rows.read(f'{name}?split=test')) == SUMS[:1]
+  with pytest.raises(ValueError, match=r"\?test: expected .*&split=SPLIT'"):
+    rows.read(f'{name}?test')
 
 
 def test_a_hub_that_gives_nothing_says_so(monkeypatch):

@@ -38,6 +38,12 @@ def test_prompts_are_the_papers_record_by_record():
   """35 records of LLM-Adapters' own test files."""
   samples = [json.loads(line) for line in SAMPLES.read_text().splitlines()]
   assert len(samples) == 35
+  every = tasks.find('commonsense')
+  for sample in samples:
+    (row,) = every.rows(sample)
+    assert row['prompt'] == sample['instruction']
+    assert every.score(row, f'It is {sample["answer"]}') == 1
+    assert every.score(row, 'none of these') == 0
   for task in {sample['task'] for sample in samples}:
     ours = commonsense(task)
     for sample in samples:

@@ -62,6 +62,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Lays several examples into one row of train.seq_len tokens; they cannot see
   # each other.
   config.data.packing = False
+  # Learns the tokens of prompts, too (train_on_inputs elsewhere); the held-out
+  # loss is that of answers all the same.
+  config.data.learn_prompts = False
   # 'drop' or 'truncate' examples longer than train.seq_len. Both are counted.
   config.data.too_long = 'drop'
 

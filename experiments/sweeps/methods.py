@@ -2,10 +2,11 @@
 
   qdora sweep experiments/sweeps/methods.py --out runs/sweeps/methods
 
-57 runs of SmolLM2-135M on E2E data to text: five methods, three or four learning
-rates (full fine-tuning's a tenth of the others'), three seeds. The rate is chosen by
-the loss on inputs of the valid split, what is reported is of inputs of the test
-split. Two and a half hours on two CPU cores, and 15 GB of disk for the checkpoints.
+57 runs of SmolLM2-135M on E2E data to text: five methods, three or four
+learning rates (full fine-tuning's a tenth of the others'), three seeds. The
+rate is chosen by the loss on inputs of the valid split, what is reported is of
+inputs of the test split. Two and a half hours on two CPU cores, and 15 GB of
+disk for the checkpoints.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped
