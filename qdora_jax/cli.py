@@ -25,6 +25,7 @@ next start; not with JAX_ENABLE_COMPILATION_CACHE=false.
 
 import argparse
 import dataclasses
+import functools
 import signal
 import sys
 import traceback
@@ -404,19 +405,20 @@ def _sweep(argv: list[str]) -> int:
     raise FileNotFoundError(
       f'{known.file}: no such file{paths.beside(known.file)}'
     )
-  from qdora_jax import sweep
+  from qdora_jax import findings, sweep
 
   found = returned(known.file, 'get_sweep', sweep.Sweep)
   beside = Path(known.file).parent / found.config
   points = sweep.build(found, read_values(str(beside), words))
+  report = functools.partial(findings.report, found, known.out)
   if known.table:
-    sweep.report(found, points, known.out)
+    print(report())
     return 0
   isolated = None
   if known.isolate:
     isolated = [sys.executable, '-m', 'qdora_jax.cli', 'sweep', known.file]
     isolated += ['--out', str(known.out), *words]
-  return sweep.run(found, points, known.out, known.only, isolated)
+  return sweep.run(found, points, known.out, known.only, isolated, report)
 
 
 def _runs(argv: list[str]) -> None:

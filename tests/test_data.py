@@ -320,15 +320,15 @@ def test_prompts_are_learned_if_asked_for(tmp_path):
       tiny.run_config(
         tiny.write(tmp_path / 'model'), **options, **{'data.learn_prompts': ask}
       ),
-      tmp_path / 'run',
+      tmp_path / f'run-{ask}',
     )
     for ask in (False, True)
   )
-  counts = everything.batches.counts
-  assert counts.tokens == answers.batches.counts.tokens
+  counts, few = everything.batches().counts, answers.batches().counts
+  assert counts.tokens == few.tokens
   # All but the first token of each, which nothing stands before.
   assert counts.learned == counts.tokens - counts.examples
-  assert answers.batches.counts.learned < counts.learned
+  assert few.learned < counts.learned
   # What is held out is scored by its answers.
   assert answers.held_out.counts == everything.held_out.counts
 

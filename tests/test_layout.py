@@ -27,7 +27,7 @@ FLOORS[3] += (
   'nlg',
   'benchmark',
 )
-FLOORS[3] += ('harness', 'fastchat', 'sweep', 'runs')
+FLOORS[3] += ('harness', 'fastchat', 'sweep', 'findings', 'runs')
 FLOORS[3] += ('folder', 'run', 'finetune', 'processes')
 FLOORS[3] += ('paged', 'adam8bit', 'scaling', 'tally', 'compiled')
 # A run refuses what its plan says cannot fit.

@@ -9,8 +9,9 @@ import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import cli, sweep
-from qdora_jax.sweep import Mean, Sweep, grid, product, zipped
+from qdora_jax import cli, findings, sweep
+from qdora_jax.findings import Group, Mean
+from qdora_jax.sweep import Sweep, grid, product, zipped
 
 SWEEP = """
 from qdora_jax.sweep import Sweep, grid, product
@@ -54,24 +55,75 @@ def test_intervals_are_students():
   assert str(Mean.of([4884480])) == '4,884,480'
 
 
-def test_each_at_its_best_by_another_column(monkeypatch):
-  found = [
-    sweep.Group(point, {'held-out loss': Mean.of([loss])})
-    for point, loss in [
-      ({'label': 'a', 'optim.lr': 1}, 3.0),
-      ({'label': 'a', 'optim.lr': 2}, 1.0),
-      ({'label': 'b', 'optim.lr': 1}, 2.0),
-      ({'label': 'b', 'optim.lr': 2}, float('nan')),
-    ]
+def test_each_at_its_best_by_another_column():
+  figures = [
+    ({'label': 'a', 'optim.lr': 1}, 3.0),
+    ({'label': 'a', 'optim.lr': 2}, 1.0),
+    ({'label': 'b', 'optim.lr': 1}, 2.0),
+    ({'label': 'b', 'optim.lr': 2}, float('nan')),
   ]
   one = Sweep('?', 'c.py', [], over=['optim.lr'])
-  assert [g.point['optim.lr'] for g in sweep.best(one, found)] == [2, 1]
   turned = dataclasses.replace(one, chosen_by='exact match')
+  for some, want in ((one, [2, 1]), (turned, [1, 1])):
+    found = [Group(p, {0: {some.chosen_by: value}}) for p, value in figures]
+    chosen = findings.best(some, found)
+    assert [g.point['optim.lr'] for g in chosen] == want
+
+
+def test_differences_are_seed_by_seed():
+  labels = {'label': ['a', 'b'], 'adapter.method': ['lora', 'dora']}
+  points = product(
+    zipped(labels),
+    grid('adapter.rank', [1, 2]),
+    grid('optim.lr', [0.1, 0.2]),
+    grid('seed', [0, 1, 2]),
+  )
+  one = Sweep('?', 'c.py', points, over=['optim.lr'], pairs=[('b', 'a')])
+
+  def group(label: str, rank: int, lr: float, *losses: float) -> Group:
+    method = dict(zip(*labels.values(), strict=True))[label]
+    rest = {'adapter.method': method, 'adapter.rank': rank, 'optim.lr': lr}
+    rows = {seed: {'loss': loss} for seed, loss in enumerate(losses)}
+    return Group({'label': label, **rest}, rows)
+
+  # Each at its own rate; the third seed of one is not done.
   found = [
-    dataclasses.replace(g, means={'exact match': g.means['held-out loss']})
-    for g in found
+    group('a', 1, 0.1, 3.0, 5.0, 4.0),
+    group('b', 1, 0.2, 2.0, 3.8),
+    group('a', 2, 0.1, 3.0, 5.0, 4.0),
+    group('b', 2, 0.1, 3.5, 5.5, 4.5),
   ]
-  assert [g.point['optim.lr'] for g in sweep.best(turned, found)] == [1, 1]
+  first, second = findings.paired(one, found)
+  assert first.point == {'label': 'b - a', 'adapter.rank': 1}
+  assert first.rows[0]['loss'] == -1.0
+  assert first.rows[1]['loss'] == pytest.approx(-1.2)
+  assert list(first.rows) == [0, 1]
+  # Seeds differ by 2, these differences not at all.
+  assert second.point == {'label': 'b - a', 'adapter.rank': 2}
+  assert str(second.means['loss']) == '0.5 ± 0'
+
+
+def test_what_lies_far_outside_does_not_rule_the_plot(tmp_path, monkeypatch):
+  axes = []
+  real = findings._lines
+  monkeypatch.setattr(
+    findings, '_lines', lambda a, *more: axes.append(a) or real(a, *more)
+  )
+  losses = [1.5, 1.4, 1.45, 1.38, 90.0]
+  found = [
+    Group(
+      {'optim.lr': 10.0**-n},
+      {s: {'held-out loss': v + s / 100} for s in (0, 1)},
+    )
+    for n, v in enumerate(losses)
+  ]
+  findings.plot(Sweep('?', 'c.py', [], x='optim.lr'), found, tmp_path / 'a.png')
+  low, high = axes[0].get_ylim()
+  assert 1 < low < 1.38 and 1.5 < high < 2
+  assert [text.get_text() for text in axes[0].texts] == ['90']
+  found = found[:4]
+  findings.plot(Sweep('?', 'c.py', [], x='optim.lr'), found, tmp_path / 'a.png')
+  assert not axes[1].texts
 
 
 @pytest.fixture
@@ -114,6 +166,10 @@ def test_points_that_cannot_be_are_named_before_anything_runs(
     ),
     ('[]', ['no points']),
     ("grid('adapter.rank', [4])", ["'optim.lr', which no point has"]),
+    (
+      "grid('optim.lr', [1.0]),\n    pairs=[('a', 'b')]",
+      ["'a', which no point is called", 'labels are none'],
+    ),
     ('1 / 0', ['sweep.py:8', 'division']),
   ):
     assert cli.main(['sweep', made(points), '--out', str(out)]) == 1

@@ -6,14 +6,14 @@
 Stanford's settings with an adapter: 52,002 instructions, 3 epochs of 128
 examples, 512 tokens, a cosine after .03 of warming up. They trained LLaMA-7B in
 full at 2e-5 (--config.adapter.method=none --config.quant.format=none and that
-rate, on several GPUs); QDoRA takes MEM of one GPU by `qdora plan`. No score was
-published with it; the QLoRA paper has 5-shot MMLU of its Alpaca runs, which
+rate, on several GPUs); QDoRA takes 7 GB of one GPU by `qdora plan`. They
+published no score; the QLoRA paper has 5-shot MMLU of its Alpaca runs, which
 `qdora evaluate --harness mmlu` measures. Not run here. It reads
 tatsu-lab/alpaca from the hub.
 
 With no more said, the same of SmolLM2-135M on the 999 instructions of
-../shared/data. `alpaca.py:tiny` takes 4 steps of a small part of them: PLACE
-on two CPU cores, and nothing learned worth a figure.
+../shared/data. `alpaca.py:tiny` takes 4 steps of a small part of them:
+45 s on two CPU cores beside other work, and nothing learned worth a figure.
 """
 
 import runpy

@@ -7,12 +7,13 @@ With no more said: QDoRA of SmolLM2-135M on the seven data sets of which the
 train split is in ../shared/data (107,675 rows; HellaSwag is tested on and not
 trained), in the paper's settings. Three epochs are 20,189 steps, which two CPU
 cores would take weeks for; not run whole. `commonsense.py:tiny` takes 4 steps
-of a small part: PLACE on two CPU cores, and nothing learned worth a figure.
+of a small part and two questions of each test: under four minutes on two CPU
+cores beside other work, and nothing learned worth a figure.
 
 The paper's own runs, on a GPU; --config.adapter.method=lora with lr=3e-4, and
 rank=16 with alpha=32 for its half rank:
 
-  form         base              lr    LoRA  half DoRA  DoRA   memory 
+  form         base              lr    LoRA  half DoRA  DoRA   memory
   :llama-7b    LLaMA-7B          2e-4  74.7  77.5       78.4   20 GB
   :llama-13b   LLaMA-13B         2e-4  80.5  80.8       81.5   35 GB
   :llama2-7b   Llama-2-7B        2e-4  77.6  80.5       79.7   20 GB
@@ -23,10 +24,10 @@ rank=16 with alpha=32 for its half rank:
 
 with the file of github.com/AGI-Edgerunners/LLM-Adapters (ft-training_set); the
 score is the mean of eight accuracies. They were not run here: time and scores
-are unmeasured, and memory is what `qdora plan` says of one GPU. They read their tests, and without that file their training
-data, from the hub. `quant.format` is 'none' as in the paper; 'nf4' makes QLoRA
-and QDoRA of them. The paper's code learns the tokens of prompts, too, and so
-do these.
+are unmeasured, and memory is what `qdora plan` says of one GPU. They read their
+tests, and without that file their training data, from the hub. `quant.format`
+is 'none' as in the paper; 'nf4' makes QLoRA and QDoRA of them. The paper's code
+learns the tokens of prompts, too, and so do these.
 """
 
 import runpy

@@ -50,4 +50,6 @@ def get_config(form: str = '') -> ml_collections.ConfigDict:
     config.train.batch_size = 1
     config.train.steps = 4
     config.eval.benchmarks = {f'e2e:{DATA}/test.txt': 4}
+  elif form:
+    raise ValueError(f'no form {form!r}; forms: tiny')
   return config

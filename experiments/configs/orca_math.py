@@ -8,9 +8,9 @@ epoch, 500 held out; rank 64, 32 examples a step, 2,048 tokens, a constant rate
 of 1e-5. Exact match there, zero-shot, after full fine-tuning, QLoRA and QDoRA:
 
   form          base          0-shot  full   QLoRA  QDoRA  memory
-  :llama2-7b    Llama-2-7B    .068    .26    .118   .312   MEM7
-  :llama3-8b    Llama-3-8B    .23     .51    .32    .56    MEM8
-  :llama3-70b   Llama-3-70B   (none published)             MEM70
+  :llama2-7b    Llama-2-7B    .068    .26    .118   .312   14 GB
+  :llama3-8b    Llama-3-8B    .23     .51    .32    .56    17 GB
+  :llama3-70b   Llama-3-70B   (none published)             29 GB
 
 Memory is what `qdora plan` says: one GPU, 32 examples in 8 microbatches, and
 each of 4 GPUs for 70B. None was run here: time and score are unmeasured. Two
@@ -21,7 +21,8 @@ rate. Their scale is 1: alpha is rank here.
 
 With no more said, the same of SmolLM2-135M on the train split of GSM8K, which
 ../shared/data has and Orca-Math has not. `orca_math.py:tiny` takes 4 steps of a
-small part of it: PLACE on two CPU cores, and nothing learned worth a figure.
+small part of it: 77 s on two CPU cores beside other work, and nothing learned
+worth a figure.
 """
 
 import runpy
@@ -42,7 +43,7 @@ def get_config(form: str = '') -> ml_collections.ConfigDict:
   base = runpy.run_path(str(Path(__file__).with_name('base.py')))
   config = base['get_config']()
   config.data.path = f'orca_math:{GSM8K}/train.jsonl'
-  # As good as theirs: '###Question:' goes before, '###Answer:' behind it.
+  # Theirs has '###Question:' before the problem, too.
   config.data.template = 'plain'
   config.data.instruction = '###Answer:\n'
   config.data.answer_pattern = r'(?s).*\d.*'

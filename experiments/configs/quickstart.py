@@ -8,14 +8,15 @@ held-out problems: 0.0% zero-shot, 0.0% with three solved examples, 83.5% after
 80 steps (95% interval 77.7 to 88.0; one seed). LOG.md says why this task.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = _base()
+  base = runpy.run_path(str(Path(__file__).with_name('base.py')))
+  config = base['get_config']()
   # Reverse a list of three to eight words; no answer occurs twice.
   config.data.name = 'reasoning_gym/word_sequence_reversal'
   # The question states the answer's form; short prompts train faster.
@@ -38,12 +39,3 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.clip = 1.0
   config.eval.max_new_tokens = 24
   return config
-
-
-def _base() -> ml_collections.ConfigDict:
-  """base.py beside this file, from wherever it is run."""
-  path = Path(__file__).with_name('base.py')
-  spec = importlib.util.spec_from_file_location('base', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()

@@ -36,4 +36,5 @@ def get_sweep() -> Sweep:
     x='optim.lr',
     over=['optim.lr'],
     chosen_by='held-out loss',
+    pairs=[('DoRA', 'LoRA'), ('QDoRA', 'QLoRA'), ('QLoRA', 'LoRA')],
   )
