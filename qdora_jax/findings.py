@@ -42,6 +42,8 @@ def results(workdir: Path) -> dict[str, float]:
       task = entry['source'].partition(':')[0]
       for name, measure in entry['measures'].items():
         found[f'{task} {name}'] = measure['value']
+  frozen = sum(n for k, n in summary['bytes'].items() if k != 'trained')
+  found['frozen MB'] = frozen / 1e6
   found['trained parameters'] = summary['trained_parameters']
   found['seconds a step'] = summary['seconds_per_step']
   if (workdir / ALONE).exists():

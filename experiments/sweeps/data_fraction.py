@@ -1,0 +1,32 @@
+"""Who gains most from more data?
+
+  qdora sweep experiments/sweeps/data_fraction.py --out runs/sweeps/data
+
+36 runs of SmolLM2-135M on E2E data to text: LoRA, DoRA and full fine-tuning, 60
+steps each on 20, 80, 320 and all 42,061 rows - a step takes some four, so that
+the smallest is seen twelve times and the largest not whole. Three seeds, each
+method at its best rate of methods.py. Measured is the loss on inputs of the
+valid split. An hour and a quarter on two CPU cores, 13 GB of disk.
+"""
+
+from qdora_jax.sweep import Sweep, grid, product, zipped
+
+
+def get_sweep() -> Sweep:
+  return Sweep(
+    question='Who gains most from more data, and who bears least of it best?',
+    config='e2e_small.py:loss',
+    points=product(
+      grid('seed', [0, 1, 2]),
+      grid('data.train_size', [20, 80, 320, 42_061]),
+      zipped(
+        {
+          'label': ['LoRA', 'DoRA', 'full'],
+          'adapter.method': ['lora', 'dora', 'none'],
+          'optim.lr': [3e-3, 3e-3, 1e-4],
+        }
+      ),
+    ),
+    x='data.train_size',
+    pairs=[('DoRA', 'LoRA'), ('full', 'LoRA')],
+  )
