@@ -207,10 +207,7 @@ def _by_likelihood(subject, found, batch_size, progress) -> dict[str, Any]:
 def _by_perplexity(
   subject, found, batch_size, length, progress
 ) -> dict[str, Any]:
-  text = '\n\n'.join(
-    row.values['text'] if row.form == ('text',) else row.question
-    for row in found
-  )
+  text = rows.as_text(found)
   got = likelihood.perplexity(
     subject.model,
     subject.params,

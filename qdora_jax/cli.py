@@ -11,9 +11,11 @@
   qdora generate --workdir DIR --questions FILE --out FILE
   qdora export   --workdir DIR --format peft|merged|folded|base --out DIR
   qdora plan     --config FILE [--config.section.key=value ...] [--model NAME]
-                 [--mesh fsdp=4,data=2] [--device h100]
+                 [--mesh fsdp=4,data=2] [--device h100] [--picture FILE]
   qdora sweep    FILE --out DIR [--config.section.key=value ...] [--isolate]
   qdora runs     DIR ... [--compare]
+  qdora analyze  DIR ... --out DIR
+  qdora analyze  --model NAME [--text FILE [--limit CHARACTERS]] --out DIR
 
 evaluate, generate and export take --checkpoint last|best|STEP: the newest one
 otherwise.
@@ -39,6 +41,7 @@ import tqdm
 
 from qdora_jax import compiled, paths, processes
 from qdora_jax.config_file import read_config, read_values, returned
+from qdora_jax.specs import ALL_LINEAR
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     'plan': _plan,
     'sweep': _sweep,
     'runs': _runs,
+    'analyze': _analyze,
   }
   if not argv or argv[0] in ('-h', '--help'):
     print(__doc__)
@@ -144,6 +148,9 @@ def _plan(argv: list[str]) -> None:
   )
   parser.add_argument('--mesh', default='', help='sizes: fsdp=4,data=2')
   parser.add_argument('--device', help='a GPU: t4, rtx-3090, a100-80, h100 ...')
+  parser.add_argument(
+    '--picture', type=Path, help='a PNG: memory by part, of five methods'
+  )
   known, words = parser.parse_known_args(argv)
   words = _overrides(words)
   if known.model:
@@ -160,8 +167,16 @@ def _plan(argv: list[str]) -> None:
   from qdora_jax import devices, plan
 
   device = devices.find(known.device) if known.device else None
-  made = plan.plan(plan.of_run(config))
+  job = plan.of_run(config)
+  made = plan.plan(job)
   print(f'{config.model.name}, {made}')
+  if known.picture:
+    from qdora_jax import pictures
+
+    parts = {name: one.parts for name, one in plan.methods(job).items()}
+    title = f'{config.model.name}, {job.batch} x {job.seq_len} tokens'
+    pictures.memory(parts, title, known.picture)
+    print(f'memory by part: {known.picture}')
   if device is not None:
     print(plan.verdict(made, device))
     return
@@ -438,6 +453,42 @@ def _runs(argv: list[str]) -> None:
   if known.compare:
     runs.plot(found, known.out)
     print(f'curves: {known.out}')
+
+
+def _analyze(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser('qdora analyze', allow_abbrev=False)
+  parser.add_argument(
+    'folders',
+    nargs='*',
+    type=Path,
+    help='run folders, or folders of such: what training did to their weights',
+  )
+  parser.add_argument(
+    '--model', help='instead: what four bits do to the weights of a model'
+  )
+  parser.add_argument('--text', default='', help='whose perplexity is measured')
+  parser.add_argument(
+    '--limit', type=int, default=0, help='characters of it; 0 for all'
+  )
+  parser.add_argument('--targets', default=ALL_LINEAR)
+  parser.add_argument('--out', type=Path, required=True)
+  known = parser.parse_args(argv)
+  if bool(known.folders) == bool(known.model):
+    parser.error('expected run folders, or --model NAME')
+  from qdora_jax import study
+
+  if known.folders:
+    text = study.of_runs(known.folders, known.out)
+  else:
+    text = study.of_weights(
+      known.model,
+      known.out,
+      known.text,
+      targets=known.targets,
+      limit=known.limit,
+      progress=functools.partial(tqdm.tqdm, leave=False),
+    )
+  print(f'{text}\ntables and pictures: {known.out}')
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ import scipy.stats
 from qdora_jax import folder
 from qdora_jax.finetune import AFTER
 from qdora_jax.metrics import read_log
+from qdora_jax.report import markdown_table
 from qdora_jax.sweep import ALONE, LABEL, SEED, Point, Sweep, done, name_of
 
 
@@ -212,13 +213,13 @@ def markdown(found: Sequence[Group]) -> str:
     return 'Nothing yet.\n'
   keys = list(dict.fromkeys(k for group in found for k in group.point))
   columns = list(dict.fromkeys(k for group in found for k in group.means))
-  lines = [[*keys, 'seeds', *columns], ['---'] * (len(keys) + 1 + len(columns))]
+  lines = [[*keys, 'seeds', *columns]]
   for group in found:
     count = max(mean.count for mean in group.means.values())
     cells = [str(group.point[k]) if k in group.point else '' for k in keys]
     means = [str(group.means[c]) if c in group.means else '' for c in columns]
     lines.append([*cells, str(count), *means])
-  return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+  return markdown_table(lines)
 
 
 def plot(sweep: Sweep, found: Sequence[Group], path: Path) -> None:

@@ -17,7 +17,7 @@ from qdora_jax.config import RunConfig
 from qdora_jax.devices import Device
 from qdora_jax.footprint import Job
 from qdora_jax.model import ModelConfig
-from qdora_jax.specs import QuantSpec
+from qdora_jax.specs import AdapterSpec, QuantSpec
 
 GB = 1e9
 
@@ -45,6 +45,24 @@ class Plan:
     """Bytes on the device at the worst moment."""
     turns = self.memory['workspace'], self.memory['logits']
     return sum(self.memory.values()) - min(turns)
+
+  @property
+  def parts(self) -> dict[str, int]:
+    """The total in few kinds, as a picture has them."""
+    turns = ('workspace', 'logits')
+    waits = min(turns, key=self.memory.__getitem__)
+    return {
+      part: sum(self.memory.get(kind, 0) for kind in kinds if kind != waits)
+      for part, kinds in {
+        'weights in 4 bits': ('base codes', 'absmax'),
+        'other weights': ('full precision', 'parameters'),
+        'adapter': ('adapter',),
+        'gradients': ('gradients',),
+        'optimizer': ('optimizer',),
+        'activations': ('activations',),
+        'at work': ('norms and batch', *turns),
+      }.items()
+    }
 
   def __str__(self) -> str:
     job = self.job
@@ -190,6 +208,18 @@ def verdict(made: Plan, device: Device) -> str:
     f'{device.name}: does not fit, {made.total / GB:.1f} of '
     f'{device.usable / GB:.1f} GB; {hint}'
   )
+
+
+def methods(job: Job) -> dict[str, Plan]:
+  """The job by each of five methods, with its own specs where it has any."""
+  adapter, quant = job.adapter or AdapterSpec(), job.quant or QuantSpec()
+  plans = {'full': plan(dataclasses.replace(job, quant=None, adapter=None))}
+  for prefix, base in (('', None), ('Q', quant)):
+    for method, name in (('lora', 'LoRA'), ('dora', 'DoRA')):
+      spec = dataclasses.replace(adapter, method=method)
+      one = dataclasses.replace(job, quant=base, adapter=spec)
+      plans[prefix + name] = plan(one)
+  return plans
 
 
 def of_run(

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ def nbytes(tree: Any) -> int:
 def count(tree: Any) -> int:
   """Numbers in all arrays of a tree."""
   return sum(a.size for a in jax.tree.leaves(tree))
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+  """Markdown of a heading and rows."""
+  head, *rest = lines
+  return ''.join(
+    f'| {" | ".join(line)} |\n' for line in (head, ['---'] * len(head), *rest)
+  )
 
 
 def by_kind(base: Any, trained: Any) -> dict[str, int]:

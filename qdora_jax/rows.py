@@ -122,6 +122,14 @@ def _is_text(value: Any) -> bool:
 _HALVES = re.compile('[\ud800-\udfff]')
 
 
+def as_text(rows: Iterable[Row]) -> str:
+  """The rows' texts, or their questions, an empty line between them."""
+  return '\n\n'.join(
+    row.values['text'] if row.form == ('text',) else row.question
+    for row in rows
+  )
+
+
 def read(
   source: str,
   fields: Mapping[str, str] | None = None,

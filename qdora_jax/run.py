@@ -200,6 +200,26 @@ class Run:
         )
     return [example for some in examples for example in some]
 
+  def restore(self, checkpoint: str | int = 'last') -> None:
+    """Takes what was trained out of a checkpoint; see `load_run`."""
+    config = self.config
+    state = train.initial_state(
+      self.trained,
+      optim.from_config(
+        config.optim, optim.schedule(config.optim, config.train.steps)
+      ),
+      config.seed,
+      self.mesh,
+      config.optim.paged,
+      dtype=self.model.dtype,
+    )
+    checkpoints = Checkpoints(self.workdir / 'checkpoints')
+    try:
+      restored = checkpoints.restore(state, self.identity, which=checkpoint)
+    finally:
+      checkpoints.close()
+    self.trained = restored.state['trained']
+
   def params(self, trained: Tree | None = None) -> Tree:
     """The tree for inference, DoRA's norms computed once."""
     return freeze(self.base, self.trained if trained is None else trained)
@@ -474,6 +494,17 @@ def load_run(workdir: str | Path, checkpoint: str | int = 'last') -> Run:
     FileNotFoundError: if workdir is no run folder or has no such checkpoint.
     ValueError: if the base is not the one that was trained on.
   """
+  run = untrained(workdir)
+  run.restore(checkpoint)
+  return run
+
+
+def untrained(workdir: str | Path) -> Run:
+  """A run as it was before its first step; `Run.restore` takes a checkpoint.
+
+  Raises:
+    FileNotFoundError: if workdir is no run folder or has no checkpoints.
+  """
   workdir = Path(workdir)
   if not (workdir / 'config.json').is_file():
     raise FileNotFoundError(
@@ -485,21 +516,4 @@ def load_run(workdir: str | Path, checkpoint: str | int = 'last') -> Run:
     raise FileNotFoundError(
       f'no checkpoint in {workdir / "checkpoints"}; train first'
     )
-  run = Run.open(_here(config), workdir)
-  state = train.initial_state(
-    run.trained,
-    optim.from_config(
-      config.optim, optim.schedule(config.optim, config.train.steps)
-    ),
-    config.seed,
-    run.mesh,
-    config.optim.paged,
-    dtype=run.model.dtype,
-  )
-  checkpoints = Checkpoints(workdir / 'checkpoints')
-  try:
-    restored = checkpoints.restore(state, run.identity, which=checkpoint)
-  finally:
-    checkpoints.close()
-  run.trained = restored.state['trained']
-  return run
+  return Run.open(_here(config), workdir)

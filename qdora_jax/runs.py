@@ -84,12 +84,17 @@ def _when(path: Path) -> str:
   return time.strftime('%Y-%m-%d %H:%M', time.localtime(path.stat().st_mtime))
 
 
+def method(config: Any) -> str:
+  """'dora over nf4', 'lora', 'full'."""
+  name = 'full' if config.adapter.method == 'none' else config.adapter.method
+  base = '' if config.quant.format == 'none' else f' over {config.quant.format}'
+  return name + base
+
+
 def _what(config: Any) -> dict[str, str]:
   """What a run is, in a few words."""
-  method = 'full' if config.adapter.method == 'none' else config.adapter.method
-  base = '' if config.quant.format == 'none' else f' over {config.quant.format}'
   data = Path(config.data.path).name if config.data.path else config.data.name
-  return {'method': method + base, 'data': data, 'lr': f'{config.optim.lr:g}'}
+  return {'method': method(config), 'data': data, 'lr': f'{config.optim.lr:g}'}
 
 
 def _differing(found: Sequence[Seen]) -> list[dict[str, str]]:

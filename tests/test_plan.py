@@ -23,7 +23,15 @@ from qdora_jax.finetune import fine_tune
 from qdora_jax.footprint import Job
 from qdora_jax.model import Decoder, LayerKind, ModelConfig
 from qdora_jax.optim import make_optimizer
-from qdora_jax.plan import check, fits, nearest, of_run, plan, verdict
+from qdora_jax.plan import (
+  check,
+  fits,
+  methods,
+  nearest,
+  of_run,
+  plan,
+  verdict,
+)
 from qdora_jax.published import CONFIGS, model_config
 from qdora_jax.sharding import make_mesh, shard
 from qdora_jax.train import initial_state, make_step
@@ -424,11 +432,25 @@ def test_the_command(tmp_path, capsys):
   assert 'data=2, fsdp=2, tensor=1' in said
   assert 'all-gather of packed codes' in said
   assert 't4: fits' in said and 'tokens/s' in said
-  assert cli.main([*words, '--device', 'h200']) == 0
+  picture = tmp_path / 'memory.png'
+  assert cli.main([*words, '--device', 'h200', '--picture', str(picture)]) == 0
+  assert picture.stat().st_size > 10_000
   assert cli.main([*words, '--device', 'rtx3090']) == 1
   assert 'near: rtx-3090' in capsys.readouterr().err
   assert cli.main([*words, '--mesh', 'fdsp=2']) == 1
   assert "'fdsp=2'" in capsys.readouterr().err
+
+
+def test_five_methods_side_by_side():
+  job = published('llama-3-8b')
+  plans = methods(job)
+  assert list(plans) == ['full', 'LoRA', 'DoRA', 'QLoRA', 'QDoRA']
+  assert plans['QDoRA'].memory == plan(job).memory
+  for made in plans.values():
+    assert sum(made.parts.values()) == made.total
+  assert plans['LoRA'].parts['weights in 4 bits'] == 0
+  assert plans['full'].parts['adapter'] == 0
+  assert plans['QLoRA'].total < plans['LoRA'].total < plans['full'].total
 
 
 def test_batches_that_do_not_split():
