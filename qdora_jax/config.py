@@ -134,6 +134,14 @@ class EvalSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogSection:
+  """Who follows a run; it is the same run whoever does."""
+
+  tensorboard: bool = False
+  wandb: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """Everything a run depends on; `experiments/configs/base.py` says why."""
 
@@ -146,6 +154,7 @@ class RunConfig:
   eval: EvalSection
   mesh: MeshSection
   seed: int
+  log: LogSection = LogSection()
 
   def __post_init__(self):
     least = {
@@ -253,9 +262,12 @@ class RunConfig:
   def settings(self) -> dict[str, Any]:
     """All keys, but those an earlier version did not know and would not miss.
 
+    Without config.log, which changes nothing.
+
     Two runs of equal settings are the same run, also across versions.
     """
     every = dataclasses.asdict(self)
+    del every['log']
     for name, section in every.items():
       if isinstance(section, dict):
         added = later(getattr(self, name))

@@ -20,7 +20,6 @@ from typing import Any
 import scipy.stats
 
 from qdora_jax import folder
-from qdora_jax.finetune import AFTER
 from qdora_jax.metrics import read_log
 from qdora_jax.report import markdown_table
 from qdora_jax.sweep import ALONE, LABEL, SEED, Point, Sweep, done, name_of
@@ -32,17 +31,7 @@ def results(workdir: Path) -> dict[str, float]:
   losses = [r['loss'] for r in read_log(workdir / 'metrics.jsonl') if r['loss']]
   last = losses[-max(1, len(losses) // 10) :]
   found = {'training loss': statistics.fmean(last)}
-  if (workdir / 'scores.json').exists():
-    scores = folder.load_scores(workdir / 'scores.json')
-    if AFTER in scores and scores[AFTER].loss is not None:
-      found['held-out loss'] = scores[AFTER].loss
-    if AFTER in scores and scores[AFTER].total:
-      found['exact match'] = scores[AFTER].mean
-  for entry in folder.benchmarks(workdir):
-    if entry['model'] == 'last':
-      task = entry['source'].partition(':')[0]
-      for name, measure in entry['measures'].items():
-        found[f'{task} {name}'] = measure['value']
+  found |= folder.figures(workdir)
   frozen = sum(n for k, n in summary['bytes'].items() if k != 'trained')
   found['frozen MB'] = frozen / 1e6
   found['trained parameters'] = summary['trained_parameters']

@@ -21,17 +21,18 @@ from qdora_jax import (
   plan,
   processes,
   report,
+  trackers,
   train,
 )
-from qdora_jax.config import RunConfig
+from qdora_jax.config import LogSection, RunConfig
 from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
+from qdora_jax.folder import AFTER
 from qdora_jax.metrics import peak_memory, read_log
 from qdora_jax.run import Run, settled
 from qdora_jax.sharding import gather
 
 Tree = dict[str, Any]
-AFTER = 'fine-tuned'
 
 
 def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
@@ -59,6 +60,7 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
   for source, limit in config.eval.benchmarks.items():
     benchmark.load(source, limit)
   plan.refuse(config)
+  trackers.check(config.log)
   run = Run.open(config, workdir)
   run.data = found
   batches, _ = run.batches(), run.held_out
@@ -68,13 +70,20 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
     folder.claim(config, workdir)
     _show_plan(run, batches)
     scores = _before(run)
-    fitted = _fit(run, batches)
-    run.trained = fitted.trained
-    if run.data.held_out:
-      scores[AFTER] = run.evaluate(label=AFTER)
-      folder.save_scores(workdir, scores)
-    if config.eval.benchmarks:
-      _benchmark(run)
+    with trackers.following(
+      config.log if processes.first() else LogSection(),
+      workdir,
+      dataclasses.asdict(config),
+    ) as followers:
+      fitted = _fit(run, batches, followers)
+      run.trained = fitted.trained
+      if run.data.held_out:
+        scores[AFTER] = run.evaluate(label=AFTER)
+        folder.save_scores(workdir, scores)
+      if config.eval.benchmarks:
+        _benchmark(run)
+      step = {'step': config.train.steps}
+      followers.write({**step, **folder.figures(workdir)})
     if run.base:
       _export(run)
     if not processes.first():
@@ -234,7 +243,9 @@ def _before(run: Run) -> dict[str, Score]:
   return scores
 
 
-def _fit(run: Run, batches: Batches) -> train.Fitted:
+def _fit(
+  run: Run, batches: Batches, followers: trackers.Guarded
+) -> train.Fitted:
   """Trains run.trained from the last checkpoint to the last step."""
   config = run.config
   trained = run.trained
@@ -258,6 +269,7 @@ def _fit(run: Run, batches: Batches) -> train.Fitted:
     identity=run.identity,
     callbacks=[functools.partial(_watch, run)] if config.eval.every else [],
     call_every=config.eval.every or 1,
+    writers=[followers.write],
     max_skipped=config.train.max_skipped,
     donate=True,
     paged=config.optim.paged,

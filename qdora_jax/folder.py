@@ -9,8 +9,9 @@
   checkpoints/    orbax: what is trained, the optimizer, where the data stood
   adapter/        PEFT files, where PEFT has a form for what was trained
 
-A folder belongs to one config, whatever devices it goes on with: config.mesh
-may change. Files appear whole or not at all.
+A folder belongs to one config, whatever devices it goes on with and whoever
+follows it: config.mesh and config.log may change. Files appear whole or not at
+all.
 """
 
 import contextlib
@@ -25,6 +26,9 @@ from qdora_jax.config import RunConfig
 from qdora_jax.evaluate import Score
 from qdora_jax.interop.hf import read_json
 
+# What the trained model's score is called in scores.json.
+AFTER = 'fine-tuned'
+
 
 def check(config: RunConfig, workdir: Path) -> None:
   """Refuses a folder that is another run's, or none."""
@@ -35,8 +39,9 @@ def check(config: RunConfig, workdir: Path) -> None:
     )
   if not (workdir / 'config.json').exists():
     return
-  config = dataclasses.replace(config, mesh=config_of(workdir).mesh)
-  theirs = dataclasses.asdict(config_of(workdir))
+  began = config_of(workdir)
+  config = dataclasses.replace(config, mesh=began.mesh, log=began.log)
+  theirs = dataclasses.asdict(began)
   mine = json.loads(json.dumps(dataclasses.asdict(config)))
   changed = _difference(theirs, mine, 'config')
   if changed:
@@ -136,6 +141,23 @@ def add_benchmark(workdir: Path, values: Mapping[str, Any]) -> None:
 
   others = [e for e in benchmarks(workdir) if what(e) != what(values)]
   write(workdir / 'benchmarks.json', [*others, dict(values)])
+
+
+def figures(workdir: Path) -> dict[str, float]:
+  """How the trained model did: on what was held out, and on benchmarks."""
+  found = {}
+  path = workdir / 'scores.json'
+  scores = load_scores(path) if path.exists() else {}
+  if AFTER in scores and scores[AFTER].loss is not None:
+    found['held-out loss'] = scores[AFTER].loss
+  if AFTER in scores and scores[AFTER].total:
+    found['exact match'] = scores[AFTER].mean
+  for entry in benchmarks(workdir):
+    if entry['model'] == 'last':
+      task = Path(entry['source'].partition(':')[0]).name
+      for name, measure in entry['measures'].items():
+        found[f'{task} {name}'] = measure['value']
+  return found
 
 
 def write(path: Path, values: Any) -> None:

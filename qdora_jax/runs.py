@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from qdora_jax import folder
-from qdora_jax.finetune import AFTER
 from qdora_jax.metrics import read_log
 
 
@@ -124,19 +123,17 @@ def _figures(run: Seen) -> dict[str, str]:
   held = [r['held_out_loss'] for r in run.rows if 'held_out_loss' in r]
   if held:
     figures['held-out loss'] = f'{held[-1]:.4f}'
-  path = run.workdir / 'scores.json'
-  scores = folder.load_scores(path) if path.exists() else {}
-  if AFTER in scores:
-    score = scores[AFTER]
-    if score.loss is not None:
-      figures['held-out loss'] = f'{score.loss:.4f}'
-    if score.total:
-      figures['exact match'] = f'{score.mean:.1%}'
-  for entry in folder.benchmarks(run.workdir):
-    if entry['model'] == 'last':
-      name, measure = next(iter(entry['measures'].items()))
-      task = Path(entry['source'].partition(':')[0]).name
-      figures[f'{task}: {name}'] = f'{measure["value"]:.4g}'
+  # Of several benchmarks the first figure of each.
+  tasks = set()
+  for name, value in folder.figures(run.workdir).items():
+    task, _, measure = name.partition(' ')
+    if name == 'held-out loss':
+      figures[name] = f'{value:.4f}'
+    elif name == 'exact match':
+      figures[name] = f'{value:.1%}'
+    elif task not in tasks:
+      tasks.add(task)
+      figures[f'{task}: {measure}'] = f'{value:.4g}'
   path = run.workdir / 'summary.json'
   if path.exists():
     summary = json.loads(path.read_text())

@@ -166,6 +166,7 @@ def fit(
   identity: Mapping[str, str] | None = None,
   callbacks: Sequence[Callback] = (),
   call_every: int = 1,
+  writers: Sequence[Callable[[Mapping[str, Any]], None]] = (),
   max_skipped: int = 5,
   donate: bool = False,
   paged: Paged = 'none',
@@ -206,6 +207,8 @@ def fit(
       same.
     call_every: steps between calls of the callbacks; after the last step they
       are called, too. With 1 every step is waited for.
+    writers: each is called as f(row) with every row that is logged, a step
+      late; nothing waits for what they take.
     max_skipped: steps in a row that may be skipped for not being finite.
     donate: gives away the memory of `trained`, instead of copying it.
     paged: 'host' keeps the optimizer's state in the host's memory, 'auto' what
@@ -287,6 +290,8 @@ def fit(
       except StopIteration:
         ended = 'a callback'
       log.write(row)
+      for write in writers:
+        write(row)
       rows.append(row)
       progress.show(row['step'], row)
       if tally.in_a_row >= max_skipped:

@@ -11,6 +11,7 @@ from qdora_jax.config import (
   AdapterSection,
   DataSection,
   EvalSection,
+  LogSection,
   ModelSection,
   OptimSection,
   RunConfig,
@@ -222,6 +223,10 @@ def test_a_folder_of_an_earlier_version_is_the_same_run():
   for section, keys in added.items():
     for key in keys:
       del values[section][key]
+  # Who follows a run is no part of it.
+  assert now.log == LogSection(**values.pop('log'))
+  followed = dataclasses.replace(now, log=LogSection(tensorboard=True))
+  assert followed.settings() == now.settings()
   before = RunConfig.make(values)
   assert before == now
   assert before.settings() == now.settings() == values

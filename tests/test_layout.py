@@ -28,7 +28,7 @@ FLOORS[3] += (
   'benchmark',
 )
 FLOORS[3] += ('harness', 'fastchat', 'sweep', 'findings', 'runs')
-FLOORS[3] += ('analysis', 'study', 'pictures')
+FLOORS[3] += ('analysis', 'study', 'pictures', 'trackers')
 FLOORS[3] += ('folder', 'run', 'finetune', 'processes')
 FLOORS[3] += ('paged', 'adam8bit', 'scaling', 'tally', 'compiled')
 # A run refuses what its plan says cannot fit.

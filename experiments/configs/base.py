@@ -167,6 +167,13 @@ def get_config() -> ml_collections.ConfigDict:
   # all}: see qdora_jax/benchmark.py.
   config.eval.benchmarks = {}
 
+  # Who follows the run beside metrics.jsonl; both take the extra `track`.
+  config.log = ml_collections.ConfigDict()
+  # Events in tensorboard/ of the run folder.
+  config.log.tensorboard = False
+  # A project of Weights & Biases; WANDB_MODE=offline keeps it here.
+  config.log.wandb = ''
+
   config.mesh = ml_collections.ConfigDict()
   # Devices: `data` splits the batch, `fsdp` the batch and the weights (-1: all
   # that are left), `tensor` the features.
