@@ -13,7 +13,7 @@
   qdora plan     --config FILE [--config.section.key=value ...] [--model NAME]
                  [--mesh fsdp=4,data=2] [--device h100] [--picture FILE]
   qdora sweep    FILE --out DIR [--config.section.key=value ...] [--isolate]
-  qdora runs     DIR ... [--compare]
+  qdora runs     DIR ... [--compare] [--history]
   qdora analyze  DIR ... --out DIR
   qdora analyze  --model NAME [--text FILE [--limit CHARACTERS]] --out DIR
 
@@ -444,6 +444,11 @@ def _runs(argv: list[str]) -> None:
     action='store_true',
     help='what differs in their configs, and their curves in one plot',
   )
+  parser.add_argument(
+    '--history',
+    action='store_true',
+    help='evaluations during training, and the last answers looked at',
+  )
   parser.add_argument('--out', type=Path, default=Path('compared.png'))
   known = parser.parse_args(argv)
   from qdora_jax import runs
@@ -453,6 +458,8 @@ def _runs(argv: list[str]) -> None:
   if known.compare:
     runs.plot(found, known.out)
     print(f'curves: {known.out}')
+  if known.history:
+    print(*map(runs.history, found), sep='\n')
 
 
 def _analyze(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import scipy.stats
 
 from qdora_jax import folder
 from qdora_jax.metrics import read_log
-from qdora_jax.report import markdown_table
+from qdora_jax.report import markdown_table, save_figure
 from qdora_jax.sweep import ALONE, LABEL, SEED, Point, Sweep, done, name_of
 
 
@@ -81,15 +81,47 @@ class Group:
 
 
 def groups(sweep: Sweep, out: Path) -> list[Group]:
-  """What is done so far."""
-  found: dict[str, Group] = {}
+  """What is done so far, from the sweep's folder."""
+  return _grouped(
+    (point, results(out / 'points' / name_of(point)))
+    for point in sweep.points
+    if done(out, name_of(point))
+  )
+
+
+def read_table(sweep: Sweep, path: str | Path) -> list[Group]:
+  """The same from a table.csv, whose runs may be gone.
+
+  Raises:
+    ValueError: if the table has none of the sweep's points.
+  """
+  with Path(path).open(newline='') as file:
+    lines = {line['point']: line for line in csv.DictReader(file)}
+  found = []
   for point in sweep.points:
-    if done(out, name_of(point)):
-      rest = {k: v for k, v in point.items() if k != SEED}
-      group = found.setdefault(name_of(rest), Group(rest, {}))
-      seed = point[SEED] if SEED in point else None
-      group.rows[seed] = results(out / 'points' / name_of(point))
-  return list(found.values())
+    line = lines.get(name_of(point), {})
+    figures = {
+      key: float(text)
+      for key, text in line.items()
+      if text and key not in (*point, 'point', 'error')
+    }
+    if figures:
+      found.append((point, figures))
+  if not found:
+    raise ValueError(
+      f'{path} has no finished point of this sweep; it has '
+      f'{", ".join(list(lines)[:3])} ...'
+    )
+  return _grouped(found)
+
+
+def _grouped(found: Iterable[tuple[Point, dict[str, float]]]) -> list[Group]:
+  together: dict[str, Group] = {}
+  for point, figures in found:
+    rest = {k: v for k, v in point.items() if k != SEED}
+    group = together.setdefault(name_of(rest), Group(rest, {}))
+    group.rows[point[SEED] if SEED in point else None] = figures
+  return list(together.values())
 
 
 def lower_is_better(column: str) -> bool:
@@ -196,12 +228,18 @@ def _write_csv(sweep: Sweep, out: Path) -> None:
     writer.writerows(rows)
 
 
-def markdown(found: Sequence[Group]) -> str:
-  """A table: swept keys, then figures."""
+def markdown(found: Sequence[Group], wanted: Sequence[str] = ()) -> str:
+  """A table: swept keys, then figures.
+
+  Args:
+    found: its lines.
+    wanted: figures, in this order; all if empty.
+  """
   if not found:
     return 'Nothing yet.\n'
   keys = list(dict.fromkeys(k for group in found for k in group.point))
-  columns = list(dict.fromkeys(k for group in found for k in group.means))
+  every = list(dict.fromkeys(k for group in found for k in group.means))
+  columns = list(wanted) or every
   lines = [[*keys, 'seeds', *columns]]
   for group in found:
     count = max(mean.count for mean in group.means.values())
@@ -211,7 +249,7 @@ def markdown(found: Sequence[Group]) -> str:
   return markdown_table(lines)
 
 
-def plot(sweep: Sweep, found: Sequence[Group], path: Path) -> None:
+def plot(sweep: Sweep, found: Sequence[Group], path: str | Path) -> None:
   """`measure` over `x`, a line for all that is otherwise alike, or bars.
 
   What lies far outside of the others (Tukey's outer fences) is its value at the
@@ -237,9 +275,7 @@ def plot(sweep: Sweep, found: Sequence[Group], path: Path) -> None:
   axes.set_title(sweep.question, loc='left', fontsize=10, wrap=True)
   (axes.set_ylabel if sweep.x else axes.set_xlabel)(sweep.measure)
   axes.spines[['top', 'right']].set_visible(False)
-  part = path.with_suffix('.part')
-  figure.savefig(part, format='png')
-  part.replace(path)
+  save_figure(figure, path)
 
 
 def _lines(axes: Any, sweep: Sweep, found: Sequence[Group]) -> None:

@@ -293,9 +293,6 @@ def _watch(
   rows = run.data.held_out[: c.eval.samples]
   if rows:
     seen['samples'] = run.evaluate(params, rows=rows).samples
-    for question, given, expected in seen['samples']:
-      tqdm.tqdm.write(
-        f'  {report.short(question)}\n    answered: {report.short(given)}\n'
-        f'    expected: {report.short(expected)}'
-      )
+    for sample in seen['samples']:
+      tqdm.tqdm.write(report.answer_text(*sample))
   return seen

@@ -10,10 +10,11 @@ import matplotlib.ticker
 import numpy as np
 
 from qdora_jax import analysis
+from qdora_jax.report import save_figure
 
 
 def decomposition(
-  methods: Mapping[str, Sequence[Any]], modules: Sequence[str], path: Path
+  methods: Mapping[str, Sequence[Any]], modules: Sequence[str], path: str | Path
 ) -> None:
   """dM over dD: a row for each method, a column for each module.
 
@@ -69,11 +70,11 @@ def decomposition(
   bar = figure.colorbar(points, ax=grid, shrink=0.6, pad=0.01)
   bar.set_label('layer (larger dots: later checkpoints)', fontsize=8)
   bar.ax.tick_params(labelsize=7)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def maps(
-  methods: Mapping[str, Sequence[Any]], modules: Sequence[str], path: Path
+  methods: Mapping[str, Sequence[Any]], modules: Sequence[str], path: str | Path
 ) -> None:
   """Layers by modules at the last checkpoint: lengths, turns, ranks.
 
@@ -115,10 +116,10 @@ def maps(
       axes.set_title(f'{method}: {title}', fontsize=9)
       figure.colorbar(shown, ax=axes).ax.tick_params(labelsize=7)
     row[0].set_ylabel('layer', fontsize=9)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
-def formats(scaled: np.ndarray, path: Path) -> None:
+def formats(scaled: np.ndarray, path: str | Path) -> None:
   """Weights over their block's absmax, and the levels of each format.
 
   Args:
@@ -149,11 +150,11 @@ def formats(scaled: np.ndarray, path: Path) -> None:
   for axes in (top, bottom):
     axes.spines[['top', 'right', 'left']].set_visible(False)
     axes.tick_params(axis='y', length=0)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def memory(
-  parts: Mapping[str, Mapping[str, int]], title: str, path: Path
+  parts: Mapping[str, Mapping[str, int]], title: str, path: str | Path
 ) -> None:
   """Bytes by part: a bar for each of several plans.
 
@@ -181,11 +182,4 @@ def memory(
   axes.set_title(title, loc='left', fontsize=10)
   axes.spines[['top', 'right']].set_visible(False)
   figure.legend(frameon=False, loc='outside right upper', fontsize=8)
-  _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-  """Whole or not at all."""
-  part = path.with_suffix('.part')
-  figure.savefig(part, format='png')
-  part.replace(path)
+  save_figure(figure, path)

@@ -37,6 +37,21 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
   )
 
 
+def answer_text(question: str, given: str, expected: str) -> str:
+  """An answer looked at, in three lines."""
+  return (
+    f'  {short(question)}\n    answered: {short(given)}\n'
+    f'    expected: {short(expected)}'
+  )
+
+
+def save_figure(figure: matplotlib.figure.Figure, path: str | Path) -> None:
+  """Writes a PNG, whole or not at all."""
+  part = Path(path).with_suffix('.part')
+  figure.savefig(part, format='png')
+  part.replace(path)
+
+
 def by_kind(base: Any, trained: Any) -> dict[str, int]:
   """Bytes of the frozen tree by how it is stored, and of what is trained."""
   kinds: dict[str, int] = {}
@@ -189,9 +204,7 @@ def plot(
   for axes in figure.axes:
     axes.spines[['top', 'right']].set_visible(False)
   figure.suptitle(title)
-  part = path.with_suffix('.part')
-  figure.savefig(part, format='png')
-  part.replace(path)
+  save_figure(figure, path)
 
 
 def _plot_scores(axes: Any, scores: dict[str, Score]) -> None:

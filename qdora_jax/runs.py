@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from qdora_jax import folder
 from qdora_jax.metrics import read_log
+from qdora_jax.report import answer_text, save_figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,38 @@ def table(found: Sequence[Seen], compare: bool = False) -> str:
     ).rstrip()
     for line in lines
   )
+
+
+def history(run: Seen) -> str:
+  """Its evaluations during training, and the last answers looked at.
+
+  What config.eval.every asked for; the training loss is the mean since the
+  evaluation before.
+  """
+  lines, losses, samples = [], [], []
+  for row in run.rows:
+    if row['loss'] is not None:
+      losses.append(row['loss'])
+    if 'held_out_loss' in row:
+      mean = f'{statistics.fmean(losses):.4f}' if losses else ''
+      lines.append((str(row['step']), mean, f'{row["held_out_loss"]:.4f}'))
+      losses = []
+    if 'samples' in row and row['samples']:
+      samples = [f'answers at step {row["step"]}:']
+      samples += [answer_text(*sample) for sample in row['samples']]
+  if not lines:
+    return (
+      f'{run.workdir}: no evaluations during training '
+      f'(config.eval.every={run.config.eval.every})'
+    )
+  head = ('step', 'training loss', 'held-out loss')
+  table = [
+    '  '.join(
+      cell.rjust(len(word)) for cell, word in zip(line, head, strict=True)
+    )
+    for line in (head, *lines)
+  ]
+  return '\n'.join([str(run.workdir), *table, *samples])
 
 
 def _when(path: Path) -> str:
@@ -171,4 +205,4 @@ def plot(found: Sequence[Seen], path: Path) -> None:
   axes.spines[['top', 'right']].set_visible(False)
   if len(found) > 1:
     axes.legend(frameon=False, fontsize=8)
-  figure.savefig(path)
+  save_figure(figure, path)

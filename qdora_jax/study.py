@@ -94,12 +94,15 @@ def trace(workdir: Path, say: Callable[[str], None] = print) -> Trace:
   return Trace(workdir, runs.method(run.config), steps)
 
 
-def of_runs(places: Sequence[Path], out: Path) -> str:
+def of_runs(
+  places: Sequence[Path], out: Path, say: Callable[[str], None] = print
+) -> str:
   """Writes changes.csv, changes.md, decomposition.png and maps.png.
 
   Args:
     places: run folders, or folders of such.
     out: folder, made if need be.
+    say: hears what is being read.
 
   Returns:
     The text of changes.md.
@@ -107,7 +110,7 @@ def of_runs(places: Sequence[Path], out: Path) -> str:
   Raises:
     FileNotFoundError: if there are no runs, or one of them has no checkpoint.
   """
-  traces = [trace(seen.workdir) for seen in runs.find(places)]
+  traces = [trace(seen.workdir, say) for seen in runs.find(places)]
   out.mkdir(parents=True, exist_ok=True)
   _write_changes(traces, out / 'changes.csv')
   methods: dict[str, list[Trace]] = {}
@@ -238,7 +241,7 @@ def of_weights(
   text = f'# {name} in four bits\n\n' + markdown_table(lines)
   text += _normality(params, targets)
   folder.write_text(out / 'formats.md', text)
-  pictures.formats(_scaled(params, targets), out / 'formats.png')
+  pictures.formats(scaled(params, targets), out / 'formats.png')
   return text
 
 
@@ -274,8 +277,14 @@ def _normality(params: Any, targets: str) -> str:
   )
 
 
-def _scaled(params: Any, targets: str, block_size: int = 64) -> np.ndarray:
-  """Weights over their block's absmax, of all kernels that can be stored."""
+def scaled(params: Any, targets: str, block_size: int = 64) -> np.ndarray:
+  """Weights over their block's absmax, f32 [n], of kernels that can be stored.
+
+  Args:
+    params: nested dicts.
+    targets: regex over whole names.
+    block_size: weights along the in axis that share an absmax.
+  """
   parts = []
   flat = paths.flatten(params)
   for path in paths.select(params, targets, 'targets'):

@@ -244,6 +244,13 @@ def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
   losses = [score['fine-tuned']['loss'] for score in scores]
   assert str(Mean.of(losses[:2])) in text and str(Mean.of(losses[2:])) in text
   assert (out / 'plot.png').stat().st_size > 5000
+  # The table alone says the same.
+  shipped = cli.returned(words[1], 'get_sweep', Sweep)
+  again = findings.read_table(shipped, out / 'table.csv')
+  assert again == findings.groups(shipped, out)
+  assert [len(group.rows) for group in again] == [2, 2]
+  with pytest.raises(ValueError, match='no finished point of this sweep'):
+    findings.read_table(Sweep('?', 'c', grid('seed', [9])), out / 'table.csv')
   # Nothing is left to run but what failed; its own table needs no run.
   calls.clear()
   assert cli.main(words) == 1

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import trackers
+from qdora_jax import cli, trackers
 from qdora_jax.config import LogSection
 from qdora_jax.finetune import fine_tune
 from qdora_jax.metrics import read_log
@@ -155,7 +155,7 @@ def test_a_package_that_is_not_there(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_is_followed_whoever_did_so_before(tmp_path, monkeypatch):
+def test_a_run_is_followed_whoever_did_so_before(tmp_path, monkeypatch, capsys):
   """It is the same run with a tracker and without; every row arrives."""
   pytest.importorskip('tensorboardX')
   tiny.use_sums(monkeypatch)
@@ -174,6 +174,9 @@ def test_a_run_is_followed_whoever_did_so_before(tmp_path, monkeypatch):
   monkeypatch.setattr(trackers.Guarded, 'write', real)
   options['log.tensorboard'] = True
   fine_tune(tiny.run_config(model, **options), tmp_path / 'run')
+  capsys.readouterr()
+  assert cli.main(['runs', str(tmp_path / 'run'), '--history']) == 0
+  said = capsys.readouterr().out
   logged = {r['step']: r for r in read_log(tmp_path / 'run/metrics.jsonl')}
   shown = scalars(tmp_path / 'run' / 'tensorboard')
   first = min(step for _, step in shown)
@@ -181,3 +184,9 @@ def test_a_run_is_followed_whoever_did_so_before(tmp_path, monkeypatch):
   for step in range(first, 5):
     for name, value in trackers.numbers(logged[step]).items():
       np.testing.assert_allclose(shown[name, step], value, rtol=1e-6)
+  # In the terminal: what was seen at step 2.
+  held = logged[2]['held_out_loss']
+  mean = (logged[1]['loss'] + logged[2]['loss']) / 2
+  lines = [line.split() for line in said.splitlines()]
+  assert ['2', f'{mean:.4f}', f'{held:.4f}'] in lines
+  assert 'answers at step 2:\n  0+0=' in said and 'expected: 0' in said

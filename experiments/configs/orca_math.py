@@ -67,8 +67,8 @@ def get_config(form: str = '') -> ml_collections.ConfigDict:
     config.train.microbatches = 2
     config.train.steps = 4
     config.optim.lr = 1e-3
-    config.eval.max_new_tokens = 64
-    config.eval.shots = 1
+    config.eval.max_new_tokens = 32
+    config.eval.shots = 0
   elif form in MODELS:
     config.model.name = MODELS[form]
     config.data.path = HUB
