@@ -49,6 +49,16 @@ def read_values(file: str, overrides: list[str]) -> dict[str, Any]:
   return config.to_dict()
 
 
+def check_overrides(words: list[str]) -> list[str]:
+  """The words of a command line that no option took; refuses what is none."""
+  for word in words:
+    if not word.startswith('--config.') or '=' not in word:
+      raise ValueError(
+        f'{word!r} is no option; overrides look like --config.section.key=value'
+      )
+  return words
+
+
 def _form(file: str) -> tuple[str, list[str]]:
   """('e2e.py', ['tiny']) of 'e2e.py:tiny'."""
   name, colon, form = file.rpartition(':')

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save, save_file
 from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import AdapterSpec, init_adapter, save_adapter
-from qdora_jax.cli import main, read_config
+from qdora_jax.cli import main
+from qdora_jax.config_file import read_config
 
 # What a run needs before its first step, made quick.
 QUICK = {'quant.format': 'none', 'adapter.method': 'lora', 'data.eval_size': 0}

@@ -8,7 +8,8 @@ import tiny
 from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import load_adapter
-from qdora_jax.cli import main, read_config
+from qdora_jax.cli import main
+from qdora_jax.config_file import read_config
 from qdora_jax.folder import load_scores
 
 TARGETS = r'.*/(q|down)/kernel'

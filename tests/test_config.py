@@ -182,7 +182,7 @@ def test_what_the_adapter_refuses_is_refused_at_the_door(key, value, words):
 
 
 def test_patterns_by_name_come_through_a_config_file_in_order(tmp_path):
-  from qdora_jax.cli import read_config
+  from qdora_jax.config_file import read_config
 
   base = Path(__file__).parents[1] / 'experiments' / 'configs' / 'base.py'
   file = tmp_path / 'config.py'

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import cli, findings, sweep
+from qdora_jax import cli, config_file, findings, sweep
 from qdora_jax.findings import Group, Mean
 from qdora_jax.sweep import Sweep, grid, product, zipped
 
@@ -245,7 +245,7 @@ def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
   assert str(Mean.of(losses[:2])) in text and str(Mean.of(losses[2:])) in text
   assert (out / 'plot.png').stat().st_size > 5000
   # The table alone says the same.
-  shipped = cli.returned(words[1], 'get_sweep', Sweep)
+  shipped = config_file.returned(words[1], 'get_sweep', Sweep)
   again = findings.read_table(shipped, out / 'table.csv')
   assert again == findings.groups(shipped, out)
   assert [len(group.rows) for group in again] == [2, 2]
@@ -287,10 +287,10 @@ SHIPPED = [
 @pytest.mark.parametrize('file', SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_sweep_can_be_built(file):
   """But for its data, which is not here; its docstring counts its runs."""
-  one = cli.returned(str(file), 'get_sweep', Sweep)
+  one = config_file.returned(str(file), 'get_sweep', Sweep)
   overrides = ['path=', 'eval_path=', 'eval_size=0']
   words = [f'--config.data.{word}' for word in overrides]
-  values = cli.read_values(str(file.parent / one.config), words)
+  values = config_file.read_values(str(file.parent / one.config), words)
   values['eval']['benchmarks'] = {}
   built = sweep.build(one, values)
   words = ast.get_docstring(ast.parse(file.read_text()))
