@@ -1,11 +1,10 @@
 """Every notebook runs, small, from top to bottom; the shown ones are whole."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
-
-nbformat = pytest.importorskip('nbformat')
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
@@ -46,19 +45,19 @@ def test_there_are_six():
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_as_it_is_shown(path):
   """Run in order, no error, its badge opens it, no path of a machine."""
-  nb = nbformat.read(path, 4)
-  nbformat.validate(nb)
-  head, install = nb.cells[:2]
-  assert head.source.startswith('# ')
-  assert f'/blob/main/notebooks/{path.name})' in head.source
-  assert 'pip install' in install.source
-  code = [cell for cell in nb.cells if cell.cell_type == 'code']
-  assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
-  outputs = [output for cell in code for output in cell.outputs]
+  nb = json.loads(path.read_text())
+  head, install = (''.join(cell['source']) for cell in nb['cells'][:2])
+  assert head.startswith('# ')
+  assert f'/blob/main/notebooks/{path.name})' in head
+  assert 'pip install' in install
+  code = [cell for cell in nb['cells'] if cell['cell_type'] == 'code']
+  counts = [cell['execution_count'] for cell in code]
+  assert counts == [*range(1, len(code) + 1)]
+  outputs = [output for cell in code for output in cell['outputs']]
   assert outputs
   for output in outputs:
-    assert output.output_type != 'error'
-    text = str(output.get('text', ''))
+    assert output['output_type'] != 'error'
+    text = ''.join(output['text']) if 'text' in output else ''
     assert not re.search(r'/(home|root|work|tmp)/', text), text
     assert 'Warning' not in text
 
@@ -67,6 +66,7 @@ def test_a_notebook_as_it_is_shown(path):
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
   nbclient = pytest.importorskip('nbclient')
+  nbformat = pytest.importorskip('nbformat')
   pytest.importorskip('ipykernel')
   if path.stem.startswith('03') and not STORIES.exists():
     pytest.skip('the small model is not here')
