@@ -27,7 +27,7 @@ def decomposition(
   figure = matplotlib.figure.Figure(
     (2.1 * shape[1] + 1, 2.1 * shape[0] + 0.6), layout='constrained', dpi=130
   )
-  grid = figure.subplots(*shape, squeeze=False, sharex='row', sharey='row')
+  grid = figure.subplots(*shape, squeeze=False, sharey='row')
   layers = max(c.layer for some in methods.values() for c in some[0].last)
   points = None
   for row, (method, some) in zip(grid, methods.items(), strict=True):

@@ -41,6 +41,7 @@ FORMATS = (
   Format('nf4'),
   Format('nf4', double_quant=True),
 )
+FLOW = ('q', 'k', 'v', 'qkv', 'o', 'gate', 'up', 'gate_up', 'down')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,10 @@ def of_runs(
   methods: dict[str, list[Trace]] = {}
   for one in traces:
     methods.setdefault(one.method, []).append(one)
-  modules = list(dict.fromkeys(c.module for t in traces for c in t.last))
+  found = dict.fromkeys(c.module for t in traces for c in t.last)
+  # In the order of the data flow.
+  modules = [m for m in FLOW if m in found]
+  modules += [m for m in found if m not in FLOW]
   text = '# How far the weights went\n\n' + _means(methods, modules)
   text += (
     '\n## Do magnitude and direction go together?\n\n'
