@@ -13,7 +13,7 @@ SMALL = ['--config.train.steps=4', '--config.data.train_size=40']
 # What takes the place of the cell tagged 'parameters'.
 TINY = {
   '01': f"""
-CHANGES = {[*SMALL, '--config.data.eval_size=4', '--config.eval.shots=1']}
+CHANGES = {[*SMALL, '--config.data.eval_size=4', '--config.eval.shots=0']}
 WORKDIR = 'runs/notebook-01'
 """,
   # Full fine-tuning of the notebook's own model takes 7 GB.
