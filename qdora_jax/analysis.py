@@ -29,6 +29,8 @@ import scipy.stats
 from qdora_jax import nf4, paths
 from qdora_jax.dora import root, squared_norm
 from qdora_jax.linear import materialize
+from qdora_jax.specs import QuantSpec
+from qdora_jax.transforms import unquantized
 
 Tree = Mapping[str, Any]
 
@@ -216,7 +218,7 @@ class Format:
   def tree(self, params: Tree, targets: str) -> tuple[Tree, float]:
     """Every kernel that a rule matches as it comes back, and the error.
 
-    Kernels whose in axis the block size does not divide stay as they are.
+    What cannot be stored so (`transforms.unquantized`) stays as it is.
 
     Returns:
       The tree, and ||W' - W|| / ||W|| over all that was stored.
@@ -224,21 +226,20 @@ class Format:
     Raises:
       ValueError: if targets match nothing that could be stored so.
     """
+    left = unquantized(params, self.spec(targets))
     flat = dict(paths.flatten(params))
     squares = np.zeros(2)
     for path in paths.select(params, targets, 'targets'):
-      w = materialize(flat[path], jnp.float32)
-      if w.shape[-2] % self.block_size:
-        continue
-      flat[path] = self(w)
-      parts = (flat[path] - w, w)
-      squares += [float(jnp.square(part).sum()) for part in parts]
-    if not squares[1]:
-      raise ValueError(
-        f'{self}: no kernel that {targets!r} matches has an in axis that '
-        f'blocks of {self.block_size} divide'
-      )
+      if path not in left:
+        w = materialize(flat[path], jnp.float32)
+        flat[path] = self(w)
+        parts = (flat[path] - w, w)
+        squares += [float(jnp.square(part).sum()) for part in parts]
     return paths.unflatten(flat), math.sqrt(squares[0] / squares[1])
+
+  def spec(self, targets: str) -> QuantSpec:
+    """What `unquantized` takes, to tell which kernels cannot be stored so."""
+    return QuantSpec(targets, self.block_size, self.double_quant)
 
 
 def normality(

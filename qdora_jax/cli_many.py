@@ -152,6 +152,8 @@ def analyze(argv: list[str]) -> None:
   known = parser.parse_args(argv)
   if bool(known.folders) == bool(known.model):
     parser.error('expected run folders, or --model NAME')
+  if known.folders and (known.text or known.limit):
+    parser.error('--text and --limit are of --model NAME')
   from qdora_jax import study
 
   if known.folders:

@@ -43,7 +43,10 @@ def results(workdir: Path) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-  """A mean over seeds, with half of its 95% interval (None of one seed)."""
+  """A mean over seeds, with half of its 95% interval.
+
+  None of one seed, and where one of them is not finite.
+  """
 
   value: float
   half: float | None
@@ -52,13 +55,13 @@ class Mean:
   @classmethod
   def of(cls, values: Sequence[float]) -> 'Mean':
     value, n = statistics.fmean(values), len(values)
-    if n < 2:
+    if n < 2 or not math.isfinite(value):
       return cls(value, None, n)
     t = scipy.stats.t.ppf(0.975, n - 1)
     return cls(value, t * statistics.stdev(values) / math.sqrt(n), n)
 
   def __str__(self) -> str:
-    if self.value == int(self.value) and not self.half:
+    if self.value.is_integer() and not self.half:
       return f'{int(self.value):,}'
     text = f'{self.value:.4g}'
     return text if self.half is None else f'{text} ± {self.half:.2g}'
@@ -319,7 +322,7 @@ def _lines(axes: Any, sweep: Sweep, found: Sequence[Group]) -> None:
           fontsize=8,
           bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1},
         )
-  if len(inside) < 2 * len(found):
+  if inside and len(inside) < 2 * len(found):
     margin = 0.08 * (max(inside) - min(inside)) or 1.0
     axes.set_ylim(min(inside) - margin, max(inside) + margin)
   labels = [f'{x:g}' if numbers else str(x) for x in places]

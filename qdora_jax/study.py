@@ -33,7 +33,7 @@ from qdora_jax.linear import materialize
 from qdora_jax.pretrained import load_pretrained
 from qdora_jax.report import markdown_table
 from qdora_jax.run import untrained
-from qdora_jax.transforms import attach
+from qdora_jax.transforms import attach, unquantized
 
 FORMATS = (
   Format('int4'),
@@ -81,9 +81,8 @@ def trace(workdir: Path, say: Callable[[str], None] = print) -> Trace:
       '(config.train.save_every, config.train.keep_last)'
     )
   run = untrained(workdir)
-  start = run.trained
-  if run.base:
-    start = attach(run.base, run.initial) if run.initial else run.base
+  # Not the base: an adapter may have come out of it, or out of PEFT's files.
+  start = attach(run.base, run.trained) if run.base else run.trained
   steps = {}
   for step in found:
     run.restore(step)
@@ -243,6 +242,9 @@ def of_weights(
     if before:
       lines[-1] += [*_against(nats(tree), before)]
   text = f'# {name} in four bits\n\n' + markdown_table(lines)
+  for form in formats:
+    left = unquantized(params, form.spec(targets))
+    text += ''.join(f'\n{form}: {path} stays: {left[path]}\n' for path in left)
   text += _normality(params, targets)
   folder.write_text(out / 'formats.md', text)
   pictures.formats(scaled(params, targets), out / 'formats.png')

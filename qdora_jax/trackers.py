@@ -45,6 +45,7 @@ class TensorBoard:
   """Events in a folder, for `tensorboard --logdir`.
 
   What an interrupted run has written of steps that it takes again is hidden.
+  A row without a loss is no step: what a finished run adds hides nothing.
   """
 
   def __init__(self, folder: Path, config: Mapping[str, Any]):
@@ -55,9 +56,13 @@ class TensorBoard:
     if self._writer is None:
       from tensorboardX import SummaryWriter
 
-      # Without the suffix two of one second would be one file.
+      # Without the suffix two of one second would be one file; they are read
+      # in the order of their names.
+      count = len(list(self._folder.glob('events*')))
       self._writer = SummaryWriter(
-        str(self._folder), purge_step=step, filename_suffix=f'.{step}'
+        str(self._folder),
+        purge_step=step if 'loss' in row else None,
+        filename_suffix=f'.{count:04}',
       )
       text = json.dumps(self._config, indent=2)
       self._writer.add_text('config', f'```\n{text}\n```', step)

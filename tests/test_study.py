@@ -12,7 +12,7 @@ from tiny import quick_compiles  # noqa: F401
 from qdora_jax import analysis, attach, cli, study
 from qdora_jax.analysis import Format
 from qdora_jax.finetune import fine_tune
-from qdora_jax.run import load_run
+from qdora_jax.run import load_run, untrained
 
 
 @pytest.fixture(scope='module')
@@ -27,6 +27,7 @@ def trained(tmp_path_factory):
     for name, more in {
       'dora-0': {'adapter.init': 'pissa'},
       'dora-1': {'seed': 1},
+      'more': {'adapter.path': str(folder / 'runs' / 'dora-1' / 'adapter')},
       'full': {'adapter.method': 'none', 'quant.format': 'none'},
     }.items():
       config = tiny.run_config(model, **usual, **more)
@@ -42,7 +43,7 @@ def test_of_runs(trained, tmp_path, capsys):
   with (out / 'changes.csv').open() as file:
     rows = list(csv.DictReader(file))
   # Runs, steps, matrices of each of three layers.
-  assert len(rows) == 3 * 3 * 7 * 3
+  assert len(rows) == 4 * 3 * 7 * 3
   assert {row['method'] for row in rows} == {'dora over nf4', 'full'}
   # A row by hand, of a run whose base is not the model's weights.
   run = load_run(trained / 'dora-0', 2)
@@ -57,6 +58,20 @@ def test_of_runs(trained, tmp_path, capsys):
     if (row['run'], row['step'], row['name'])
     == (str(trained / 'dora-0'), '2', name)
   )
+  # A run that went on from an adapter began there, not at its base.
+  more = untrained(trained / 'more')
+  begun = attach(more.base, more.trained)
+  more.restore(1)
+  (first,) = analysis.changes(begun, attach(more.base, more.trained), name)
+  (whole,) = analysis.changes(more.base, begun, name)
+  (one,) = (
+    row
+    for row in rows
+    if (row['run'], row['step'], row['name'])
+    == (str(trained / 'more'), '1', name)
+  )
+  assert float(one['direction']) == pytest.approx(first.direction, rel=1e-3)
+  assert first.direction < whole.direction / 2
   assert float(row['magnitude']) == pytest.approx(want.magnitude, rel=1e-5)
   assert float(row['direction']) == pytest.approx(want.direction, rel=1e-4)
   assert want.direction > 1e-6
@@ -64,14 +79,14 @@ def test_of_runs(trained, tmp_path, capsys):
   assert all(bool(row['rank']) == (row['step'] == '3') for row in rows)
   text = (out / 'changes.md').read_text()
   rs = []
-  for n in (0, 1):
-    own = [r for r in rows if r['run'].endswith(f'dora-{n}')]
+  for run in ('dora-0', 'dora-1', 'more'):
+    own = [r for r in rows if r['run'].endswith(run)]
     moved = [
       analysis.Change('', float(r['magnitude']), float(r['direction']), 0)
       for r in own
     ]
     rs.append(analysis.correlation(moved))
-  (first,) = re.findall(r'\| dora over nf4 \| 2 \| ([-.\d]+) ±', text)[:1]
+  (first,) = re.findall(r'\| dora over nf4 \| 3 \| ([-.\d]+) ±', text)[:1]
   assert float(first) == pytest.approx(statistics.fmean(rs), abs=1e-3)
   for picture in ('decomposition.png', 'maps.png'):
     assert (out / picture).stat().st_size > 20_000
@@ -86,6 +101,9 @@ def test_runs_without_checkpoints_are_named(tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit):
     cli.main(['analyze', '--out', out])
   assert 'expected run folders, or --model' in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    cli.main(['analyze', str(tmp_path), '--text', 'a.txt', '--out', out])
+  assert 'are of --model' in capsys.readouterr().err
 
 
 def test_of_weights(tmp_path, capsys):
@@ -117,6 +135,7 @@ def test_of_weights(tmp_path, capsys):
     (whole,) = re.findall(r'\| float32 \| 32 \| 0 \| ([\d.]+)', written)
     assert perplexity / float(whole) == pytest.approx(ratio, rel=2e-3)
   assert 'layers/mlp/up/kernel' in written
+  assert 'stays' not in written
   # What cannot be is said before anything is loaded or written.
   gone = [*words[:4], 'gone.txt', '--out', str(tmp_path / 'none')]
   assert cli.main(gone) == 1
@@ -124,9 +143,21 @@ def test_of_weights(tmp_path, capsys):
   assert not (tmp_path / 'none').exists()
 
 
+def test_what_a_format_leaves_is_named(tmp_path):
+  model = tiny.write(tmp_path / 'model')
+  text = study.of_weights(
+    str(model),
+    tmp_path,
+    targets='.*/(q|down)/kernel',
+    formats=[Format('int4'), Format('int4', 128)],
+  )
+  (left,) = re.findall('.*stays.*', text)
+  assert left.startswith('Int4, blocks of 128: layers/attn/q/kernel stays: ')
+
+
 def test_a_format_that_fits_nothing(tmp_path):
   model = tiny.write(tmp_path / 'model')
-  with pytest.raises(ValueError, match='blocks of 4096'):
+  with pytest.raises(ValueError, match=r'nothing that .*block_size=4096'):
     study.of_weights(
       str(model),
       tmp_path,

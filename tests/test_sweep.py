@@ -54,6 +54,9 @@ def test_intervals_are_students():
   assert mean.half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
   assert str(mean) == '2 ± 2.5'
   assert str(Mean.of([0.12346])) == '0.1235'
+  # A seed that diverged leaves no interval, and does not end the sweep.
+  assert str(Mean.of([float('nan'), 1.0])) == 'nan'
+  assert str(Mean.of([1.0, float('inf')])) == 'inf'
   assert str(Mean.of([4884480])) == '4,884,480'
 
 
@@ -126,6 +129,8 @@ def test_what_lies_far_outside_does_not_rule_the_plot(tmp_path, monkeypatch):
   found = found[:4]
   findings.plot(Sweep('?', 'c.py', [], x='optim.lr'), found, tmp_path / 'a.png')
   assert not axes[1].texts
+  alone = [Group({'optim.lr': 1.0}, {0: {'held-out loss': float('nan')}})]
+  findings.plot(Sweep('?', 'c.py', [], x='optim.lr'), alone, tmp_path / 'a.png')
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -68,6 +69,9 @@ def test_tensorboard(tmp_path):
   written = str(events(folder))
   assert '**q**' in written and 'answered: a' in written
   assert 'seed' in written
+  # A finished run is asked again, and has its final figures alone to tell.
+  follow(LogSection(tensorboard=True), tmp_path, [{'step': 3, 'right': 0.5}])
+  assert scalars(folder) == pytest.approx({**want, ('right', 3): 0.5})
   # A run goes on after step 1: what came later is hidden.
   follow(LogSection(tensorboard=True), tmp_path, [{'step': 2, 'loss': 9.0}])
   want = {('loss', 1): 2.5, ('lr', 1): 1e-3, ('loss', 2): 9.0}
@@ -100,18 +104,23 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
   run.mkdir()
   follow(LogSection(wandb='tests'), run)
   (path,) = run.glob('wandb/offline-run-*/*.wandb')
-  text, history = '', []
-  for data in stored(path):
-    record = wandb_internal_pb2.Record.FromString(data)
-    text += str(record.run)
-    if record.WhichOneof('record_type') == 'history':
-      items = record.history.item
-      history.append(
-        {
-          item.key or '/'.join(item.nested_key): json.loads(item.value_json)
-          for item in items
-        }
-      )
+  # wandb's own process may still be writing when `finish` has returned.
+  for _ in range(300):
+    records = [
+      wandb_internal_pb2.Record.FromString(data) for data in stored(path)
+    ]
+    if any(r.WhichOneof('record_type') == 'exit' for r in records):
+      break
+    time.sleep(0.1)
+  text = ''.join(str(record.run) for record in records)
+  history = [
+    {
+      item.key or '/'.join(item.nested_key): json.loads(item.value_json)
+      for item in record.history.item
+    }
+    for record in records
+    if record.WhichOneof('record_type') == 'history'
+  ]
   assert 'tests' in text and 'seed' in text
   assert [row['step'] for row in history] == [1, 2, 3]
   assert history[0]['loss'] == 2.5 and 'loss' not in history[1]

@@ -21,7 +21,7 @@ rate. Their scale is 1: alpha is rank here.
 
 With no more said, the same of SmolLM2-135M on the train split of GSM8K, which
 ../shared/data has and Orca-Math has not. `orca_math.py:tiny` takes 4 steps of a
-small part of it: 77 s on two CPU cores beside other work, and nothing learned
+small part of it: 70 s on two CPU cores beside other work, and nothing learned
 worth a figure.
 """
 

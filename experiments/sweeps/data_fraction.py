@@ -6,7 +6,8 @@
 steps each on 20, 80, 320 and all 42,061 rows - a step takes some four, so that
 the smallest is seen twelve times and the largest not whole. Three seeds, each
 method at its best rate of methods.py. Measured is the loss on inputs of the
-valid split. An hour and a quarter on two CPU cores, 13 GB of disk.
+valid split. Some hour and a half on two CPU cores, by rank.py's two minutes a
+run and more for full fine-tuning, 20 GB of disk; not yet run.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped

@@ -6,8 +6,8 @@
 9 runs of SmolLM2-135M on E2E data to text: full fine-tuning, LoRA and DoRA,
 each at its best rate of methods.py, 120 steps with four checkpoints kept, three
 seeds. The analysis is of their weights: how far each matrix's magnitudes and
-directions went, and whether the two go together. Forty minutes on two CPU
-cores, 20 GB of disk for the checkpoints.
+directions went, and whether the two go together. Fifty minutes on two CPU
+cores beside other work, 20 GB of disk for the checkpoints.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped

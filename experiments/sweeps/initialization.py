@@ -5,7 +5,8 @@
 36 runs of SmolLM2-135M with QLoRA on E2E data to text: Kaiming's, Gaussian and
 orthogonal A with B = 0, and PiSSA, OLoRA and LoftQ, which take A and B out of
 the weights before these are quantized; two learning rates, three seeds.
-Measured is the loss on inputs of the valid split. An hour on two CPU cores.
+Measured is the loss on inputs of the valid split. Some seventy minutes on
+two CPU cores, by rank.py's two minutes a run; not yet run.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped
