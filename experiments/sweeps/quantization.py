@@ -3,10 +3,11 @@
   qdora sweep experiments/sweeps/quantization.py --out runs/sweeps/quantization
 
 21 runs of SmolLM2-135M with QDoRA on E2E data to text: blocks of 32, 64 and 192
-(128 divides no in axis of this model), absmax in 32 bits and in 8, and DoRA
-over the weights as they are; three seeds at one learning rate. Measured is the
-loss on inputs of the valid split, beside the bytes. Some forty minutes on
-two CPU cores, by rank.py's two minutes a run; not yet run.
+(128 does not divide 576, the in axis of all but one of the matrices), absmax in
+32 bits and in 8, and DoRA over the weights as they are; three seeds at one
+learning rate. Measured is the loss on inputs of the valid split, beside the
+bytes. Some forty minutes on two CPU cores, by rank.py's two minutes a run; not
+yet run.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped

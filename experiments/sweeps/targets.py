@@ -5,8 +5,8 @@
 24 runs of SmolLM2-135M with DoRA on E2E data to text: four sets of matrices,
 two learning rates, three seeds. The ranks are chosen so that each set trains
 about as many parameters (3.3 to 3.5 million). Measured is the loss on inputs of
-the valid split. Some fifty minutes on two CPU cores,
-by rank.py's two minutes a run; not yet run.
+the valid split. Some fifty minutes on two CPU cores, by rank.py's two minutes a
+run; not yet run.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped
