@@ -2,7 +2,7 @@
 
   qdora sweep experiments/sweeps/rank.py --out runs/sweeps/rank
 
-36 runs of SmolLM2-135M on E2E data to text: three ranks, two learning rates,
+54 runs of SmolLM2-135M on E2E data to text: three ranks, three learning rates,
 three seeds; the scale (alpha / rank) is 2 throughout. Measured is the loss on
 inputs of the valid split. Seventy minutes on two CPU cores, by its first third.
 """
@@ -16,7 +16,7 @@ def get_sweep() -> Sweep:
     config='e2e_small.py:loss',
     points=product(
       grid('seed', [0, 1, 2]),
-      grid('optim.lr', [1e-3, 3e-3]),
+      grid('optim.lr', [1e-3, 3e-3, 1e-2]),
       zipped({'adapter.rank': [1, 8, 64], 'adapter.alpha': [2.0, 16.0, 128.0]}),
       zipped({'label': ['LoRA', 'DoRA'], 'adapter.method': ['lora', 'dora']}),
     ),
