@@ -176,6 +176,21 @@ def local(count: int) -> list[Place]:
   return [Place(coordinator, count, n) for n in range(count)]
 
 
+def call(command: Sequence[str]) -> int:
+  """Runs a command in a process that hears our signals; its exit code.
+
+  Raises:
+    KeyboardInterrupt: once it has ended, if there was one.
+  """
+  workers: list[subprocess.Popen] = []
+  with _passed_on(workers) as received:
+    workers.append(subprocess.Popen(command, start_new_session=True))
+    code = workers[0].wait()
+  if received:
+    raise Interrupted(received[0])
+  return code
+
+
 def _start(
   command: Sequence[str], place: Place, share: dict[str, str], folder: Path
 ) -> subprocess.Popen:
@@ -220,6 +235,14 @@ def _gpus() -> list[str]:
     text=True,
   )
   return listed.stdout.split() if listed.returncode == 0 else []
+
+
+class Interrupted(KeyboardInterrupt):
+  """A signal ended what was running; what it had saved is kept."""
+
+  def __init__(self, number: int, how: str = ''):
+    self.signal = signal.Signals(number)
+    super().__init__(f'{self.signal.name}: {how}' if how else self.signal.name)
 
 
 @contextlib.contextmanager

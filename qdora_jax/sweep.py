@@ -24,7 +24,6 @@ point that fails is reported and does not stop the others.
 import dataclasses
 import itertools
 import re
-import subprocess
 import sys
 import time
 import traceback
@@ -32,7 +31,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qdora_jax import benchmark, data, folder
+from qdora_jax import benchmark, data, folder, processes
 from qdora_jax.config import RunConfig
 from qdora_jax.finetune import fine_tune
 from qdora_jax.run import settled
@@ -227,7 +226,9 @@ def run(
       if isolated is None:
         fine_tune(points[name], workdir)
       else:
-        subprocess.run([*isolated, '--only', name], check=True)
+        code = processes.call([*isolated, '--only', name])
+        if code:
+          raise RuntimeError(f'its process ended with code {code}')
         (workdir / ALONE).touch()
     except Exception as error:
       # Whatever it is, the others go on.

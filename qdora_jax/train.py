@@ -347,7 +347,8 @@ def fit(
         print(f'a callback ended the training after step {n}', flush=True)
         break
       if ended:
-        raise Stopped(n, ended)
+        number = signal.Signals[ended]
+        raise processes.Interrupted(number, f'saved after step {n}')
   return Fitted(state['trained'], rows)
 
 
@@ -382,17 +383,11 @@ def initial_state(
   return {'trained': trained, 'optimizer': state, 'rng': rng, 'scale': scale}
 
 
-class Stopped(KeyboardInterrupt):
-  """A signal ended the training; its state is saved."""
-
-  def __init__(self, step: int, name: str):
-    super().__init__(f'{name}: saved after step {step}')
-    self.signal = signal.Signals[name]
-
-
 @contextlib.contextmanager
 def _signals(active: bool) -> Iterator[Callable[[bool], str | None]]:
   """Notes SIGTERM and SIGINT while a step runs; a second SIGINT interrupts.
+
+  An error that comes after one is its end: Interrupted, with the error's words.
 
   What is noted by one of many processes is told to all: at once, or when they
   ask again, which waits for nothing that was begun since.
@@ -421,6 +416,11 @@ def _signals(active: bool) -> Iterator[Callable[[bool], str | None]]:
       before[number] = signal.signal(number, note)
   try:
     yield asked
+  except Exception as error:
+    # Who was told to end ends, and does not try what is next.
+    if noted:
+      raise processes.Interrupted(noted[0], f'not saved: {error}') from error
+    raise
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)

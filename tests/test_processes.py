@@ -96,6 +96,15 @@ def assert_agree(many, one, rtol):
     assert tiny.relative(array, want[name]) <= 20 * rtol, name
 
 
+def test_a_called_command_hears_our_signals():
+  sleep = 'import signal, sys, time; signal.signal(15, lambda *_: sys.exit(9))'
+  tell = 'import os; os.kill(os.getppid(), 15)'
+  assert processes.call([sys.executable, '-c', 'raise SystemExit(3)']) == 3
+  with pytest.raises(KeyboardInterrupt, match='SIGTERM') as error:
+    processes.call([sys.executable, '-c', f'{sleep}; {tell}; time.sleep(60)'])
+  assert error.value.signal == signal.SIGTERM
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('method', ['none', 'dora'])
 def test_eight_devices_of_two_processes_are_eight_of_one(tmp_path, method):

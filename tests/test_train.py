@@ -1,5 +1,8 @@
 """The training step by all methods, and `fit`, which repeats it."""
 
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -471,6 +474,24 @@ def test_persistent_ones_stop_the_run_and_name_the_last_good_checkpoint(
   assert f'the last good checkpoint is {tmp_path}/run/checkpoints/4' in words
   with pytest.raises(train.NotFiniteError, match='no checkpoint'):
     fit(9, poisoned(range(9)), max_skipped=2)
+
+
+@pytest.mark.parametrize('told', [True, False])
+def test_who_is_told_to_end_ends_though_nothing_can_be_saved(tmp_path, told):
+  """SIGTERM, and the disk is full: no other run is begun, and both are said."""
+
+  def end(step, row, trained):
+    if told:
+      os.kill(os.getpid(), signal.SIGTERM)
+    raise OSError('No space left on device')
+
+  want, words = OSError, '^No space left on device$'
+  if told:
+    want, words = KeyboardInterrupt, '^SIGTERM: not saved: No space left on'
+  with pytest.raises(want, match=words) as error:
+    fit(workdir=tmp_path, callbacks=[end], save_every=1)
+  if told:
+    assert error.value.signal == signal.SIGTERM
 
 
 def test_the_trained_tree_is_float32_whatever_the_products_are():
