@@ -29,7 +29,8 @@ from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
 from qdora_jax.folder import AFTER
 from qdora_jax.metrics import peak_memory, read_log
-from qdora_jax.run import Run, settled
+from qdora_jax.opening import settled
+from qdora_jax.run import Run
 from qdora_jax.sharding import gather
 
 Tree = dict[str, Any]

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from qdora_jax import chat, data, devices, evaluate, folder, optim, paths, train
-from qdora_jax.adapter import Adapter, init_adapter
+from qdora_jax import chat, data, evaluate, folder, optim, paths, train
+from qdora_jax.adapter import init_adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.config import RunConfig
 from qdora_jax.data import Batches
@@ -25,17 +24,17 @@ from qdora_jax.evaluate import Score
 from qdora_jax.export import export_base, export_folded, export_merged
 from qdora_jax.generate import generate_text
 from qdora_jax.interop.peft import save_adapter
-from qdora_jax.interop.peft_read import load_adapter
 from qdora_jax.linear import kind
 from qdora_jax.model import Decoder
+from qdora_jax.opening import loaded_adapter, mesh_of, settled, shrunk
 from qdora_jax.pretrained import (
   dequantized,
   load_pretrained,
   open_checkpoint,
 )
 from qdora_jax.rows import Row
-from qdora_jax.sharding import gather, make_mesh, shard_batch, unsharded
-from qdora_jax.specs import TAKEN, AdapterSpec
+from qdora_jax.sharding import gather, shard_batch, unsharded
+from qdora_jax.specs import TAKEN
 from qdora_jax.transforms import freeze
 
 Tree = dict[str, Any]
@@ -65,7 +64,7 @@ class Run:
     config = settled(config, Path(workdir))
     checkpoint = open_checkpoint(config.model.name)
     quant, spec = config.quant.spec(), config.adapter.spec()
-    mesh = _mesh(config)
+    mesh = mesh_of(config)
     taken = spec is not None and spec.init in TAKEN
     if taken and config.adapter.path:
       raise ValueError(
@@ -104,7 +103,7 @@ class Run:
     else:
       trained = init_adapter(jax.random.key(config.seed), base, spec)
       if config.adapter.path:
-        trained = _loaded(config.adapter.path, base, trained, spec)
+        trained = loaded_adapter(config.adapter.path, base, trained, spec)
     notes = [
       f'stored in 4 bits, read in full precision: {path}: {reason}'
       for path, reason in dequantized(checkpoint, base or trained).items()
@@ -365,119 +364,6 @@ def _quantized(base: Tree) -> bool:
   return any(kind(leaf).startswith('nf4') for leaf in leaves)
 
 
-def _mesh(config: RunConfig) -> jax.sharding.Mesh | None:
-  """The mesh of config.mesh; None for one device."""
-  m = config.mesh
-  devices = jax.devices()
-  need = m.data * abs(m.fsdp) * m.tensor
-  if need > len(devices) or (m.fsdp == -1 and len(devices) % need):
-    raise ValueError(
-      f'config.mesh asks for data={m.data} x fsdp={m.fsdp} x tensor={m.tensor} '
-      f'devices; there are {len(devices)}. Expected a product of at most that; '
-      'with fsdp=-1, the others must divide it'
-    )
-  if m.fsdp != -1:
-    devices = devices[:need]
-  if len(devices) < len(jax.devices()) and jax.process_count() > 1:
-    raise ValueError(
-      f'config.mesh uses {need} of {len(jax.devices())} devices, and every one '
-      f'of {jax.process_count()} processes takes part with all that it has; '
-      f'expected a product of {len(jax.devices())} (fsdp=-1 takes all that are '
-      'left), or fewer processes'
-    )
-  mesh = make_mesh(m.data, m.fsdp, m.tensor, devices)
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
-  part = config.train.batch_size // config.train.microbatches
-  if part % ways:
-    raise ValueError(
-      f'config.train.batch_size={config.train.batch_size} in '
-      f'{config.train.microbatches} microbatches cannot be split over {ways} '
-      f'devices; expected a multiple of {ways * config.train.microbatches}, or '
-      'lower config.mesh.data and config.mesh.fsdp'
-    )
-  return mesh if mesh.size > 1 else None
-
-
-def settled(config: RunConfig, workdir: Path) -> RunConfig:
-  """The config, and for model.dtype='auto' what the run began in there.
-
-  A run that is new asks the device.
-  """
-  if config.model.dtype != 'auto':
-    return config
-  if (workdir / 'config.json').exists():
-    dtype = folder.config_of(workdir).model.dtype
-  else:
-    dtype, _ = devices.best_dtype(jax.devices()[0])
-  model = dataclasses.replace(config.model, dtype=dtype)
-  return dataclasses.replace(config, model=model)
-
-
-def _here(config: RunConfig) -> RunConfig:
-  """The config, on as many of the devices here as can share its batches."""
-  try:
-    _mesh(config)
-    return config
-  except ValueError:
-    m, count = config.mesh, len(jax.devices())
-  part = config.train.batch_size // config.train.microbatches
-  fsdp = math.gcd(part, count)
-  print(
-    f'config.mesh is data={m.data}, fsdp={m.fsdp}, tensor={m.tensor}; of the '
-    f'{count} devices here fsdp={fsdp} is taken'
-  )
-  mesh = dataclasses.replace(m, data=1, fsdp=fsdp, tensor=1)
-  return dataclasses.replace(config, mesh=mesh)
-
-
-def _loaded(path: str, base: Tree, fresh: Tree, spec: AdapterSpec) -> Tree:
-  """A PEFT adapter in a fresh one's place; it must be what the config says."""
-  found = paths.flatten(load_adapter(path, base))
-  theirs = next(n for n in found.values() if isinstance(n, Adapter)).spec
-  for key in ('method', 'rank', 'alpha', 'rslora'):
-    have, want = getattr(theirs, key), getattr(spec, key)
-    if have != want:
-      raise ValueError(
-        f'config.adapter.path={path!r} holds an adapter of {key} {have!r}, and '
-        f'config.adapter.{key}={want!r}; set it to {have!r}'
-      )
-  have, want = _adapted(found), _adapted(paths.flatten(fresh))
-  for name in {**have, **want}:
-    if name not in have or name not in want or have[name] != want[name]:
-      has = 'rank {}, alpha {}'.format(*have[name]) if name in have else 'none'
-      asks = 'rank {}, alpha {}'.format(*want[name]) if name in want else 'none'
-      raise ValueError(
-        f'config.adapter.path={path!r} holds an adapter of other kernels: for '
-        f'{name} it has {has}, config.adapter asks for {asks}; set '
-        'config.adapter.targets, rank_pattern and alpha_pattern to what it was '
-        'trained with'
-      )
-  beside = {p for p, n in found.items() if not isinstance(n, Adapter)}
-  flat = paths.flatten(fresh)
-  asked = {p for p, n in flat.items() if not isinstance(n, Adapter)}
-  if beside != asked:
-    raise ValueError(
-      f'config.adapter.path={path!r} holds {sorted(beside) or "nothing"} '
-      f'trained in full, config.adapter.trainable={spec.trainable!r} asks for '
-      f'{sorted(asked) or "nothing"}; set it to what it was trained with'
-    )
-  mine = {
-    p: n if p in beside else n.replace(spec=spec) for p, n in found.items()
-  }
-  return paths.unflatten({**paths.flatten(fresh), **mine})
-
-
-def _adapted(flat: Tree) -> dict[str, tuple[int, float]]:
-  """{name: (rank, alpha)} of every kernel that is adapted."""
-  return {
-    name: (rank, node.spec.alpha_of(name))
-    for node in flat.values()
-    if isinstance(node, Adapter)
-    for name, rank in zip(node.names, node.ranks, strict=True)
-    if rank
-  }
-
-
 def _bar(parts: Any, label: str) -> Any:
   return tqdm.tqdm(parts, label, leave=False, disable=None)
 
@@ -516,4 +402,4 @@ def untrained(workdir: str | Path) -> Run:
     raise FileNotFoundError(
       f'no checkpoint in {workdir / "checkpoints"}; train first'
     )
-  return Run.open(_here(config), workdir)
+  return Run.open(shrunk(config), workdir)

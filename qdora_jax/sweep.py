@@ -34,7 +34,7 @@ from typing import Any
 from qdora_jax import benchmark, data, folder, processes
 from qdora_jax.config import RunConfig
 from qdora_jax.finetune import fine_tune
-from qdora_jax.run import settled
+from qdora_jax.opening import settled
 
 Point = dict[str, Any]
 # A point's word for itself, in no config.

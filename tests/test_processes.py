@@ -32,7 +32,7 @@ from command import (
 )
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import processes, run
+from qdora_jax import opening, processes, run
 from qdora_jax.cli import main
 from qdora_jax.finetune import fine_tune
 from qdora_jax.metrics import read_log
@@ -398,12 +398,12 @@ def test_more_processes_than_gpus_are_refused(capsys, tmp_path, monkeypatch):
 
 
 def test_a_mesh_takes_all_devices_of_many_processes(monkeypatch, tmp_path):
-  monkeypatch.setattr(run.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(opening.jax, 'process_count', lambda: 2)
   config = tiny.run_config(tmp_path, **{'mesh.fsdp': 4})
   words = r'uses 4 of 8 devices.* of 2 processes .*expected a product of 8'
   with pytest.raises(ValueError, match=words):
-    run._mesh(config)
-  assert run._mesh(dataclasses.replace(config, mesh=_eight())).size == 8
+    opening.mesh_of(config)
+  assert opening.mesh_of(dataclasses.replace(config, mesh=_eight())).size == 8
 
 
 def _eight():

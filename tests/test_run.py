@@ -12,7 +12,15 @@ import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import devices, finetune, folder, load_adapter, paths, run
+from qdora_jax import (
+  devices,
+  finetune,
+  folder,
+  load_adapter,
+  opening,
+  paths,
+  run,
+)
 from qdora_jax.evaluate import Score
 from qdora_jax.metrics import Progress, read_log
 
@@ -160,15 +168,15 @@ def test_a_run_goes_on_in_the_dtype_it_began_in(tmp_path):
   """What 'auto' meant stands in its folder; a new one asks the device."""
   config = tiny.run_config('model')
   assert config.model.dtype == 'auto'
-  new = run.settled(config, tmp_path)
+  new = opening.settled(config, tmp_path)
   assert new.model.dtype == 'float32'
   began = tiny.run_config('model', **{'model.dtype': 'bfloat16'})
   folder.claim(began, tmp_path / 'run')
-  assert run.settled(config, tmp_path / 'run') == began
+  assert opening.settled(config, tmp_path / 'run') == began
   # It is the same run, as far as its folder is asked.
-  folder.check(run.settled(config, tmp_path / 'run'), tmp_path / 'run')
+  folder.check(opening.settled(config, tmp_path / 'run'), tmp_path / 'run')
   told = tiny.run_config('model', **{'model.dtype': 'float16'})
-  assert run.settled(told, tmp_path / 'run') == told
+  assert opening.settled(told, tmp_path / 'run') == told
 
 
 @pytest.mark.parametrize(
