@@ -255,11 +255,14 @@ def markdown(found: Sequence[Group], wanted: Sequence[str] = ()) -> str:
 def plot(sweep: Sweep, found: Sequence[Group], path: str | Path) -> None:
   """`measure` over `x`, a line for all that is otherwise alike, or bars.
 
+  What is tuned (`over`) and is not on the x axis stands at its best.
   What lies far outside of the others (Tukey's outer fences) is its value at the
   edge, so that the others can be told apart.
   """
   import matplotlib.figure
 
+  if sweep.over and sweep.x not in sweep.over:
+    found = best(sweep, found)
   found = [group for group in found if sweep.measure in group.means]
   if not found:
     return
@@ -284,8 +287,9 @@ def plot(sweep: Sweep, found: Sequence[Group], path: str | Path) -> None:
 def _lines(axes: Any, sweep: Sweep, found: Sequence[Group]) -> None:
   """Means over `x` with their intervals, lines a little beside each other."""
   lines: dict[str, list[Group]] = {}
+  tuned = () if sweep.x in sweep.over else sweep.over
   for group in found:
-    rest = {k: v for k, v in group.point.items() if k != sweep.x}
+    rest = {k: v for k, v in group.point.items() if k not in (sweep.x, *tuned)}
     lines.setdefault(_words(rest), []).append(group)
   places = list(dict.fromkeys(group.point[sweep.x] for group in found))
   numbers = all(isinstance(x, int | float) and x > 0 for x in places)

@@ -108,6 +108,27 @@ def test_differences_are_seed_by_seed():
   assert str(second.means['loss']) == '0.5 ± 0'
 
 
+def test_what_is_tuned_is_plotted_at_its_best(tmp_path, monkeypatch):
+  axes = []
+  real = findings._lines
+  monkeypatch.setattr(
+    findings, '_lines', lambda a, *more: axes.append(a) or real(a, *more)
+  )
+  losses = {(1, 0.1): 3.0, (1, 0.2): 2.0, (2, 0.1): 1.0, (2, 0.2): 1.5}
+  found = [
+    Group({'adapter.rank': rank, 'optim.lr': lr}, {0: {'held-out loss': loss}})
+    for (rank, lr), loss in losses.items()
+  ]
+  one = Sweep('?', 'c.py', [], x='adapter.rank', over=['optim.lr'])
+  findings.plot(one, found, tmp_path / 'a.png')
+  (line,) = (drawn.lines[0] for drawn in axes[0].containers)
+  assert list(line.get_ydata()) == [2.0, 1.0]
+  # On the x axis it is looked at itself.
+  one = dataclasses.replace(one, x='optim.lr')
+  findings.plot(one, found, tmp_path / 'a.png')
+  assert len(axes[1].containers) == 2
+
+
 def test_what_lies_far_outside_does_not_rule_the_plot(tmp_path, monkeypatch):
   axes = []
   real = findings._lines

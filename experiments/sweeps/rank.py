@@ -4,7 +4,8 @@
 
 54 runs of SmolLM2-135M on E2E data to text: three ranks, three learning rates,
 three seeds; the scale (alpha / rank) is 2 throughout. Measured is the loss on
-inputs of the valid split. Seventy minutes on two CPU cores, by its first third.
+inputs of the valid split. Two hours on two CPU cores, half of them beside other
+work.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped
