@@ -9,7 +9,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
 STORIES = ROOT.parent / 'shared' / 'models' / 'stories260k'
-SMALL = ['--config.train.steps=4', '--config.data.train_size=40']
+SMALL = [
+  *('--config.train.steps=4', '--config.train.batch_size=2'),
+  '--config.data.train_size=40',
+]
 # What takes the place of the cell tagged 'parameters'.
 TINY = {
   '01': f"""
@@ -76,6 +79,8 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
   (tmp_path / 'notebooks').mkdir()
   (tmp_path / 'experiments').symlink_to(ROOT / 'experiments')
   monkeypatch.setenv('MPLBACKEND', 'agg')
+  # One device, as whoever opens it has.
+  monkeypatch.setenv('XLA_FLAGS', '')
   nb = nbformat.read(path, 4)
   for cell in nb.cells:
     if 'parameters' in cell.metadata.get('tags', ()):
