@@ -247,7 +247,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _passed_on(workers: list[subprocess.Popen]) -> Iterator[list[int]]:
-  """Passes SIGTERM and SIGINT on to all workers, noting them."""
+  """Passes SIGTERM, SIGINT and SIGHUP on to all workers, noting them.
+
+  They are in sessions of their own, and hear of a terminal through us alone.
+  """
   received: list[int] = []
 
   def pass_on(number: int, _: object) -> None:
@@ -255,7 +258,10 @@ def _passed_on(workers: list[subprocess.Popen]) -> Iterator[list[int]]:
     for worker in workers:
       worker.send_signal(number)
 
-  numbers = (signal.SIGTERM, signal.SIGINT)
+  numbers = [signal.SIGTERM, signal.SIGINT]
+  # Whoever began us with nohup wants us to outlive the terminal.
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    numbers.append(signal.SIGHUP)
   before = {number: signal.signal(number, pass_on) for number in numbers}
   try:
     yield received

@@ -55,8 +55,8 @@ class Sweep:
     points: dicts {dotted key: value}; 'label' is a name for the table.
     measure: column of the table that answers the question, and the plot's y.
     x: key on the plot's x axis; '' for a bar each.
-    over: keys that are tuned: of their values a second table takes those with
-      the best `chosen_by`,
+    over: keys that are tuned: of their values a second table, and the plot if
+      none is on its x axis, takes those with the best `chosen_by`,
     chosen_by: another column, so that nothing is chosen by what is reported.
     pairs: (label, label) to be compared seed by seed, all else being equal;
       of what is tuned each has its best.

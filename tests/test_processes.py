@@ -96,13 +96,26 @@ def assert_agree(many, one, rtol):
     assert tiny.relative(array, want[name]) <= 20 * rtol, name
 
 
-def test_a_called_command_hears_our_signals():
-  sleep = 'import signal, sys, time; signal.signal(15, lambda *_: sys.exit(9))'
-  tell = 'import os; os.kill(os.getppid(), 15)'
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
+def test_a_called_command_hears_our_signals(tmp_path, name):
+  number, heard = signal.Signals[name], tmp_path / 'heard'
+  child = f"""
+import os, pathlib, signal, sys, time
+def hear(number, frame):
+  pathlib.Path({str(heard)!r}).write_text(str(number))
+  sys.exit(9)
+signal.signal({number}, hear)
+os.kill(os.getppid(), {number})
+time.sleep(60)
+"""
+  with pytest.raises(KeyboardInterrupt, match=name) as error:
+    processes.call([sys.executable, '-c', child])
+  assert error.value.signal == number
+  assert heard.read_text() == str(int(number))
+
+
+def test_a_called_command_gives_its_code():
   assert processes.call([sys.executable, '-c', 'raise SystemExit(3)']) == 3
-  with pytest.raises(KeyboardInterrupt, match='SIGTERM') as error:
-    processes.call([sys.executable, '-c', f'{sleep}; {tell}; time.sleep(60)'])
-  assert error.value.signal == signal.SIGTERM
 
 
 @pytest.mark.slow

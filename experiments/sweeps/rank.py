@@ -4,8 +4,8 @@
 
 54 runs of SmolLM2-135M on E2E data to text: three ranks, three learning rates,
 three seeds; the scale (alpha / rank) is 2 throughout. Measured is the loss on
-inputs of the valid split. Two hours on two CPU cores, half of them beside other
-work.
+inputs of the valid split. Some 110 s a run on two CPU cores: a hundred
+minutes.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped
