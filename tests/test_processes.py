@@ -96,8 +96,17 @@ def assert_agree(many, one, rtol):
     assert tiny.relative(array, want[name]) <= 20 * rtol, name
 
 
+@pytest.fixture
+def hang_up():
+  """hang_up(action) says what SIGHUP does here; whoever began us may differ."""
+  before = signal.getsignal(signal.SIGHUP)
+  yield lambda action: signal.signal(signal.SIGHUP, action)
+  signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
-def test_a_called_command_hears_our_signals(tmp_path, name):
+def test_a_called_command_hears_our_signals(tmp_path, hang_up, name):
+  hang_up(signal.SIG_DFL)
   number, heard = signal.Signals[name], tmp_path / 'heard'
   child = f"""
 import os, pathlib, signal, sys, time
@@ -114,8 +123,12 @@ time.sleep(60)
   assert heard.read_text() == str(int(number))
 
 
-def test_a_called_command_gives_its_code():
-  assert processes.call([sys.executable, '-c', 'raise SystemExit(3)']) == 3
+def test_under_nohup_a_called_command_ends_by_itself(hang_up):
+  hang_up(signal.SIG_IGN)
+  tell = (
+    f'import os, sys; os.kill(os.getppid(), {int(signal.SIGHUP)}); sys.exit(3)'
+  )
+  assert processes.call([sys.executable, '-c', tell]) == 3
 
 
 @pytest.mark.slow
