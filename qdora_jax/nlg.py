@@ -134,7 +134,7 @@ def compare(
   found['CIDEr'] = bootstrap(lambda at: each[at].mean(), count)
   notes = []
   try:
-    nltk.data.find('corpora/wordnet.zip')
+    nltk.corpus.wordnet.ensure_loaded()
     meteors = np.array(
       [
         nltk.translate.meteor(some, answer)

@@ -1,5 +1,9 @@
 """Texts beside references: the packages' own figures, known at the ends."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -51,6 +55,43 @@ def test_the_same_texts_have_the_most_and_other_texts_nothing():
   for name in ('ROUGE-L', 'NIST', 'CIDEr'):
     assert other[name].value == 0
   assert np.isfinite([m.high for m in other.values()]).all()
+
+
+def write_wordnet(folder):
+  """WordNet's files with one synset: an auto is a car."""
+  folder.mkdir(parents=True)
+  for name in ('noun', 'verb', 'adj', 'adv'):
+    for file in (f'data.{name}', f'index.{name}', f'{name}.exc'):
+      (folder / file).touch()
+  (folder / 'index.sense').touch()
+  (folder / 'lexnames').write_text('00\tnoun.all\t1\n')
+  (folder / 'data.noun').write_text(
+    '00000000 00 n 02 car 0 auto 0 000 | a motor vehicle  \n'
+  )
+  (folder / 'index.noun').write_text(
+    ''.join(f'{word} n 1 0 1 0 00000000  \n' for word in ('auto', 'car'))
+  )
+
+
+def test_meteor_knows_synonyms_where_wordnet_is(tmp_path):
+  """By nltk, which looks stems up: of words that are their own stems.
+
+  In a process of its own: nltk keeps what it has once loaded.
+  """
+  write_wordnet(tmp_path / 'corpora' / 'wordnet')
+  program = (
+    'from qdora_jax import nlg\n'
+    "found, notes = nlg.compare(['an auto'], [['a car']])\n"
+    "print(found['METEOR'].value, notes)"
+  )
+  done = subprocess.run(
+    [sys.executable, '-W', 'ignore', '-c', program],
+    env={**os.environ, 'NLTK_DATA': str(tmp_path)},
+    capture_output=True,
+    text=True,
+  )
+  # One of two words in one chunk: a mean of 1/2, halved for its order.
+  assert (done.stdout, done.stderr) == ('0.25 []\n', '')
 
 
 def test_what_does_not_fit_is_refused():
