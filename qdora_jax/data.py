@@ -253,7 +253,10 @@ class Batches:
     return self._batches[step]
 
   def __iter__(self) -> grain.DatasetIterator:
-    return iter(self._batches.to_iter_dataset())
+    # In memory already: grain's 16 threads and 500 batches ahead would take
+    # the time they hide from whoever traces and compiles.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(self._batches.to_iter_dataset(options))
 
   def once(self) -> Iterator[Batch]:
     """Every example once, in order; the last batch filled up with weight 0."""

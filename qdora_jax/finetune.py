@@ -50,6 +50,7 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
   Raises:
     ValueError: if workdir holds a run of another config, or the run cannot
       fit its GPU by its plan (with the plan's table).
+    RuntimeError: if another command is writing into workdir.
     OSError: if it cannot be written.
   """
   workdir = Path(workdir)
@@ -67,8 +68,7 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
   batches, _ = run.batches(), run.held_out
   optim.check(config.optim, run.trained)
   # Only now: whom bad input has stopped can use the same folder again.
-  with folder.writing(workdir):
-    folder.claim(config, workdir)
+  with folder.writing(workdir), folder.claimed(config, workdir):
     _show_plan(run, batches)
     scores = _before(run)
     with trackers.following(

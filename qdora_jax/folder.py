@@ -8,6 +8,7 @@
   curves.png      loss by step, and the scores
   checkpoints/    orbax: what is trained, the optimizer, where the data stood
   adapter/        PEFT files, where PEFT has a form for what was trained
+  .lock           held by the command that writes here
 
 A folder belongs to one config, whatever devices it goes on with and whoever
 follows it: config.mesh and config.log may change. Files appear whole or not at
@@ -20,6 +21,8 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from qdora_jax import processes
 from qdora_jax.config import RunConfig
@@ -68,14 +71,38 @@ def config_of(workdir: Path) -> RunConfig:
     ) from error
 
 
-def claim(config: RunConfig, workdir: Path) -> None:
-  """Writes config.json, or checks that the folder's is the same."""
-  check(config, workdir)
-  path = workdir / 'config.json'
-  if path.exists():
+@contextlib.contextmanager
+def claimed(config: RunConfig, workdir: Path) -> Iterator[None]:
+  """Holds a folder for this config: nobody else writes into it meanwhile.
+
+  Raises:
+    ValueError: if it holds a run of another config.
+    RuntimeError: if another command is writing into it, and does not end within
+      `processes.GRACE` seconds, as one does that has lost its parent.
+  """
+  if not processes.first():
+    check(config, workdir)
+    yield
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  write(path, dataclasses.asdict(config))
+  lock = filelock.FileLock(workdir / '.lock', timeout=processes.GRACE)
+  try:
+    lock.acquire()
+  except filelock.Timeout:
+    raise RuntimeError(
+      f'another command is writing into {workdir}; wait for it or stop it, or '
+      f'choose another --workdir, such as {_free(workdir)}'
+    ) from None
+  except NotImplementedError:
+    pass  # A file system without locks.
+  try:
+    check(config, workdir)
+    path = workdir / 'config.json'
+    if not path.exists():
+      write(path, dataclasses.asdict(config))
+    yield
+  finally:
+    lock.release()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Every test runs on eight CPU devices, with strict shapes."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -12,6 +13,9 @@ os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
 
 import jax
 
+# Tracing makes objects by the million, and an eighth of all time was to look
+# through them.
+gc.set_threshold(100_000, 50, 100)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # What one test has compiled the next ones read: a cache of this process alone,
 # since what another is writing cannot be read.

@@ -19,6 +19,7 @@ from qdora_jax import (
   load_adapter,
   opening,
   paths,
+  processes,
   run,
 )
 from qdora_jax.evaluate import Score
@@ -171,12 +172,36 @@ def test_a_run_goes_on_in_the_dtype_it_began_in(tmp_path):
   new = opening.settled(config, tmp_path)
   assert new.model.dtype == 'float32'
   began = tiny.run_config('model', **{'model.dtype': 'bfloat16'})
-  folder.claim(began, tmp_path / 'run')
+  with folder.claimed(began, tmp_path / 'run'):
+    pass
   assert opening.settled(config, tmp_path / 'run') == began
   # It is the same run, as far as its folder is asked.
   folder.check(opening.settled(config, tmp_path / 'run'), tmp_path / 'run')
   told = tiny.run_config('model', **{'model.dtype': 'float16'})
   assert opening.settled(told, tmp_path / 'run') == told
+
+
+def test_one_command_at_a_time_writes_into_a_folder(tmp_path, monkeypatch):
+  monkeypatch.setattr(processes, 'GRACE', 0)
+  config, other = tiny.run_config('model'), tiny.run_config('other')
+  workdir = tmp_path / 'run'
+  with folder.claimed(config, workdir):
+    for who in (config, other):
+      with (
+        pytest.raises(RuntimeError, match=r'another .* into .*/run; .*/run-2$'),
+        folder.claimed(who, workdir),
+      ):
+        pass
+  # Free again, also after a failure, for who comes with the same config.
+  with pytest.raises(KeyError), folder.claimed(config, workdir):
+    raise KeyError
+  with (
+    pytest.raises(ValueError, match='holds a run of another config'),
+    folder.claimed(other, workdir),
+  ):
+    pass
+  with folder.claimed(config, workdir):
+    assert folder.config_of(workdir) == config
 
 
 @pytest.mark.parametrize(
