@@ -109,11 +109,17 @@ def load(source: str, limit: int = 0, seed: int = 0) -> tuple[list[Row], int]:
       rows, with all their references.
     limit: so many at random; 0 for all.
     seed: which.
+
+  Raises:
+    ValueError, FileNotFoundError: as `rows.read`.
+    ImportError: if it has references and no package compares with them.
   """
   found = rows.read(source)
   if tasks.split(source)[0] == 'e2e':
     groups = tasks.grouped([row.values for row in found])
     found = [Row(g, f'{source}[{n}]') for n, g in enumerate(groups)]
+  if 'references' in found[0].values:
+    nlg.check()
   if not limit or limit >= len(found):
     return found, len(found)
   chosen = np.random.default_rng(seed).permutation(len(found))[:limit]
@@ -173,9 +179,10 @@ def measure(
       max_new_tokens or task.max_new_tokens,
       progress,
     )
-  if trained is not None and by != 'perplexity':
+  if trained is not None:
     seen = overlap(found, trained)
-    result['notes'].append(f'{seen:,} of its questions were trained on')
+    what = 'texts' if by == 'perplexity' else 'questions'
+    result['notes'].append(f'{seen:,} of its {what} were trained on')
   seconds = round(time.perf_counter() - began, 1)
   return Result(source, by, available=available, seconds=seconds, **result)
 
@@ -289,9 +296,5 @@ def _nats(subject, found, batch_size) -> dict[str, Measure]:
 
 def overlap(tested: Sequence[Row], trained: Iterable[Row]) -> int:
   """Of how many rows the question was trained on, case and blanks aside."""
-
-  def bare(row: Row) -> str:
-    return ' '.join(row.question.lower().split())
-
-  seen = {bare(row) for row in trained}
-  return sum(bare(row) in seen for row in tested)
+  seen = {row.bare for row in trained}
+  return sum(row.bare in seen for row in tested)

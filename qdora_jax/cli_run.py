@@ -85,10 +85,13 @@ def evaluate(argv: list[str]) -> None:
     '--base', action='store_true', help='the base, without the adapter'
   )
   known = parser.parse_args(argv)
-  for name in ('limit', 'shots', 'max_new_tokens'):
+  least = {'limit': 0, 'shots': 0, 'max_new_tokens': 0, 'batch_size': 1}
+  for name, at_least in least.items():
     value = getattr(known, name)
-    if value is not None and value < 0:
-      raise ValueError(f'--{name.replace("_", "-")}={value}: at least 0')
+    if value is not None and value < at_least:
+      raise ValueError(
+        f'--{name.replace("_", "-")}={value}: at least {at_least}'
+      )
   from qdora_jax import benchmark
   from qdora_jax.run import load_run
 
@@ -123,12 +126,15 @@ def _benchmark(run: Any, source: str, known: argparse.Namespace) -> None:
     max_new_tokens=known.max_new_tokens,
     progress=lambda parts: tqdm.tqdm(parts, source, leave=False, disable=None),
   )
-  model = 'base' if known.base else str(known.checkpoint)
-  folder.add_benchmark(
-    known.workdir, {'model': model, **dataclasses.asdict(result)}
-  )
+  # First what took long: the folder may be one that cannot be written.
   print(result)
   _show(result.samples)
+  model = 'base' if known.base else str(known.checkpoint)
+  values = {'model': model, **dataclasses.asdict(result)}
+  try:
+    folder.add_benchmark(known.workdir, values)
+  except OSError as error:
+    print(f'not kept in {known.workdir}: {error}', file=sys.stderr)
 
 
 def _harness(run: Any, known: argparse.Namespace) -> None:
@@ -178,8 +184,15 @@ def generate(argv: list[str]) -> None:
     '--raw', action='store_true', help='no chat template around the prompt'
   )
   known = parser.parse_args(argv)
-  if known.questions and known.out is None:
-    raise ValueError('--questions needs --out, a file for the answers')
+  if known.questions:
+    if known.out is None:
+      raise ValueError('--questions needs --out, a file for the answers')
+    for name in ('temperature', 'top_k', 'top_p', 'stop', 'raw'):
+      if getattr(known, name) != parser.get_default(name):
+        raise ValueError(
+          f'--{name.replace("_", "-")} is for --prompt: --questions are '
+          "answered as FastChat's judges expect, at its temperatures"
+        )
   from qdora_jax.run import load_run
 
   run = load_run(known.workdir, known.checkpoint)

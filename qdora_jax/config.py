@@ -217,6 +217,13 @@ class RunConfig:
             f'config.adapter.{key}={getattr(self.adapter, key)!r} needs an '
             "adapter: set config.adapter.method='lora' or 'dora'"
           )
+    if self.data.mix and self.data.path:
+      raise ValueError(
+        f'config.data.path={self.data.path!r} beside config.data.mix, of '
+        f'{len(self.data.mix)} sources: expected one of them; to train on the '
+        f'file alone, --config.data.mix=\'{{"{self.data.path}": 1}}\' in place '
+        'of the path'
+      )
     for source, weight in self.data.mix.items():
       if not weight > 0:
         raise ValueError(

@@ -35,7 +35,7 @@ class Data:
   """Rows to train on, by source, with their weights; others to test on.
 
   `overlap` is how many rows were left out of training because their question is
-  held out.
+  held out, case and blanks aside.
   """
 
   train: Mapping[str, Sequence[Row]]
@@ -69,10 +69,10 @@ def load_data(section: DataSection) -> Data:
       share = 0
     apart, train[source] = _split(section, source, share)
     held_out += apart
-  tested = {row.question for row in held_out}
+  tested = {row.bare for row in held_out}
   overlap = 0
   for source, some in train.items():
-    train[source] = [row for row in some if row.question not in tested]
+    train[source] = [row for row in some if row.bare not in tested]
     overlap += len(some) - len(train[source])
     if not train[source]:
       raise ValueError(

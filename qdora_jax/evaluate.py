@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from qdora_jax.chat import CHAT, Format, question_ids
 from qdora_jax.data import Batch
 from qdora_jax.generate import generate
 from qdora_jax.loss import summed_loss
 from qdora_jax.model import Decoder
+from qdora_jax.nlg import Measure, bootstrap
 from qdora_jax.rows import Row
 
 
@@ -26,6 +28,7 @@ class Score:
     total: questions asked; 0 if only the loss was taken.
     samples: (question, answer given, answer expected) of the first few.
     loss: mean cross-entropy of the learned tokens, in nats, if it was taken.
+    loss_interval: its 95% interval, by resampling batches; None of one batch.
   """
 
   right: int
@@ -33,6 +36,7 @@ class Score:
   total: int
   samples: Sequence[Sequence[str]] = ()
   loss: float | None = None
+  loss_interval: Sequence[float] | None = None
 
   @property
   def mean(self) -> float:
@@ -52,7 +56,10 @@ class Score:
         f'{self.parseable / self.total:.0%} parseable',
       ]
     if self.loss is not None:
-      parts.append(f'held-out loss {self.loss:.4f} nats a token')
+      text = f'held-out loss {self.loss:.4f} '
+      if self.loss_interval is not None:
+        text += '({:.4f} to {:.4f}) '.format(*self.loss_interval)
+      parts.append(f'{text}nats a token')
     return '; '.join(parts)
 
 
@@ -165,13 +172,24 @@ def held_out_loss(
   Raises:
     ValueError: if there are none.
   """
-  total = tokens = 0.0
-  for batch in batches:
-    total += float(_loss(model, params, batch))
-    tokens += float(batch['weights'].sum())
-  if not tokens:
+  return held_out(model, params, batches).value
+
+
+def held_out(model: Decoder, params: Any, batches: Iterable[Batch]) -> Measure:
+  """`held_out_loss` with its 95% interval, by resampling batches."""
+  sums = [
+    (float(_loss(model, params, batch)), float(batch['weights'].sum()))
+    for batch in batches
+  ]
+  if not sum(tokens for _, tokens in sums):
     raise ValueError('held_out_loss: there is nothing to take the loss of')
-  return total / tokens
+  parts = np.array(sums)
+
+  def mean(at: np.ndarray) -> float:
+    nats, tokens = parts[at].sum(0)
+    return nats / tokens
+
+  return bootstrap(mean, len(parts))
 
 
 _loss = jax.jit(summed_loss, static_argnums=0)

@@ -62,8 +62,11 @@ def answer(
     How many were answered now.
 
   Raises:
-    ValueError: for a line that is no question, naming it.
+    ValueError: for a line that is no question, naming it, or answers that are
+      no .jsonl file.
   """
+  if out.suffix != '.jsonl':
+    raise ValueError(f'{out}: expected a name that ends in .jsonl')
   asked = [_checked(row) for row in rows.read(questions)]
   done = set()
   if out.exists():
@@ -105,10 +108,13 @@ def temperature(question: Mapping[str, Any]) -> float:
 def _checked(row: Row) -> Mapping[str, Any]:
   values = row.values
   turns = values['turns'] if 'turns' in values else None
-  if 'question_id' not in values or not isinstance(turns, list) or not turns:
+  number = values['question_id'] if 'question_id' in values else None
+  texts = isinstance(turns, list) and all(isinstance(t, str) for t in turns)
+  if not isinstance(number, int) or not texts or not turns:
     raise ValueError(
-      f"{row.place} is no question of FastChat's: expected 'question_id' and "
-      f"'turns', a list of texts; it has {', '.join(map(repr, values))}"
+      f"{row.place} is no question of FastChat's: expected 'question_id', a "
+      "number, and 'turns', a list of texts; it has "
+      + (', '.join(f'{k}={str(v)[:40]!r}' for k, v in values.items()))
     )
   return values
 

@@ -28,8 +28,12 @@ from qdora_jax.sweep import ALONE, LABEL, SEED, Point, Sweep, done, name_of
 def results(workdir: Path) -> dict[str, float]:
   """A finished run's figures, by the table's headings."""
   summary = json.loads((workdir / 'summary.json').read_text())
-  losses = [r['loss'] for r in read_log(workdir / 'metrics.jsonl') if r['loss']]
-  last = losses[-max(1, len(losses) // 10) :]
+  losses = [
+    r['loss']
+    for r in read_log(workdir / 'metrics.jsonl')
+    if r['loss'] is not None
+  ]
+  last = losses[-max(1, len(losses) // 10) :] or [math.nan]
   found = {'training loss': statistics.fmean(last)}
   found |= folder.figures(workdir)
   frozen = sum(n for k, n in summary['bytes'].items() if k != 'trained')

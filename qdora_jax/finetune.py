@@ -28,7 +28,7 @@ from qdora_jax.config import LogSection, RunConfig
 from qdora_jax.data import Batches
 from qdora_jax.evaluate import Score
 from qdora_jax.folder import AFTER
-from qdora_jax.metrics import peak_memory, read_log
+from qdora_jax.metrics import own_peak, read_log
 from qdora_jax.opening import settled
 from qdora_jax.run import Run
 from qdora_jax.sharding import gather
@@ -97,6 +97,7 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
     report.plot(workdir / 'curves.png', rows, scores, title)
     summary = _summary(run, batches, rows)
     summary['seconds'] = round(time.perf_counter() - began, 1)
+    summary['peak_memory_bytes'] = own_peak()
     folder.write(workdir / 'summary.json', summary)
   _show_results(summary, scores, workdir)
   return scores
@@ -176,7 +177,6 @@ def _summary(
     # The first step compiles: the median is what a step takes.
     'seconds_per_step': round(seconds[len(seconds) // 2], 3),
     'tokens_per_second': round(tokens / sum(seconds), 1),
-    'peak_memory_bytes': peak_memory(),
     'trained_parameters': report.count(run.trained),
     'bytes': report.by_kind(run.base, run.trained),
     'data': {
@@ -211,13 +211,15 @@ def _show_results(
       f'the best checkpoint is of step {best["step"]}, held-out loss '
       f'{best["held_out_loss"]:.4f}; --checkpoint best takes it'
     )
+  peak = summary['peak_memory_bytes']
   print(
     f'{summary["steps"]:,} steps, {summary["tokens"]:,} tokens, '
     + (f'{skipped} steps skipped (not finite), ' if skipped else '')
     + (f'{overflowed} only lowered the loss scale, ' if overflowed else '')
     + f'{summary["tokens_per_second"]:.0f} tokens/s; '
-    f'{report.duration(summary["seconds"])} in all, peak '
-    f'{summary["peak_memory_bytes"] / 1e9:.2f} GB; results in {workdir}'
+    f'{report.duration(summary["seconds"])} in all'
+    + (f', peak {peak / 1e9:.2f} GB' if peak else '')
+    + f'; results in {workdir}'
   )
 
 

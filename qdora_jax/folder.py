@@ -8,7 +8,7 @@
   curves.png      loss by step, and the scores
   checkpoints/    orbax: what is trained, the optimizer, where the data stood
   adapter/        PEFT files, where PEFT has a form for what was trained
-  .lock           held by the command that writes here
+  .lock           held by the command that trains here
 
 A folder belongs to one config, whatever devices it goes on with and whoever
 follows it: config.mesh and config.log may change. Files appear whole or not at
@@ -17,7 +17,9 @@ all.
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,7 @@ def config_of(workdir: Path) -> RunConfig:
 
 @contextlib.contextmanager
 def claimed(config: RunConfig, workdir: Path) -> Iterator[None]:
-  """Holds a folder for this config: nobody else writes into it meanwhile.
+  """Holds a folder for this config: nobody else trains into it meanwhile.
 
   Raises:
     ValueError: if it holds a run of another config.
@@ -85,21 +87,38 @@ def claimed(config: RunConfig, workdir: Path) -> Iterator[None]:
     yield
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  lock = filelock.FileLock(workdir / '.lock', timeout=processes.GRACE)
-  try:
-    lock.acquire()
-  except filelock.Timeout:
-    raise RuntimeError(
-      f'another command is writing into {workdir}; wait for it or stop it, or '
-      f'choose another --workdir, such as {_free(workdir)}'
-    ) from None
-  except NotImplementedError:
-    pass  # A file system without locks.
-  try:
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(_lock(workdir / '.lock', processes.GRACE))
+    except filelock.Timeout:
+      raise RuntimeError(
+        f'another command is writing into {workdir}; wait for it or stop it, '
+        f'or choose another --workdir, such as {_free(workdir)}'
+      ) from None
     check(config, workdir)
     path = workdir / 'config.json'
     if not path.exists():
       write(path, dataclasses.asdict(config))
+    yield
+
+
+@contextlib.contextmanager
+def _lock(path: Path, seconds: float = -1) -> Iterator[None]:
+  """Holds a lock; none where the file system knows none.
+
+  Raises:
+    filelock.Timeout: if another has it for longer than so many seconds.
+  """
+  lock = filelock.FileLock(path, timeout=seconds)
+  try:
+    lock.acquire()
+  except NotImplementedError:
+    pass
+  except OSError as error:
+    unknown = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+    if isinstance(error, filelock.Timeout) or error.errno not in unknown:
+      raise
+  try:
     yield
   finally:
     lock.release()
@@ -166,8 +185,12 @@ def add_benchmark(workdir: Path, values: Mapping[str, Any]) -> None:
   def what(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(entry[key] for key in ('source', 'by', 'model', 'total'))
 
-  others = [e for e in benchmarks(workdir) if what(e) != what(values)]
-  write(workdir / 'benchmarks.json', [*others, dict(values)])
+  if not processes.first():
+    return
+  # Beside a training, or another evaluation.
+  with _lock(workdir / '.benchmarks.lock'):
+    others = [e for e in benchmarks(workdir) if what(e) != what(values)]
+    write(workdir / 'benchmarks.json', [*others, dict(values)])
 
 
 def figures(workdir: Path) -> dict[str, float]:
@@ -196,6 +219,6 @@ def write_text(path: Path, text: str) -> None:
   """The same of any text."""
   if not processes.first():
     return
-  part = path.with_suffix('.part')
+  part = path.with_suffix(f'.{os.getpid()}.part')
   part.write_text(text)
   part.replace(path)

@@ -80,6 +80,22 @@ def peak_memory() -> int:
   return peak if sys.platform == 'darwin' else peak * 1024
 
 
+_told = 0
+
+
+def own_peak() -> int | None:
+  """`peak_memory`, where it is of what ran since this was last asked.
+
+  It is the process's: None, if what ran before took as much.
+  """
+  global _told
+  peak = peak_memory()
+  if peak <= _told:
+    return None
+  _told = peak
+  return peak
+
+
 class Progress:
   """The training bar; in a pipe, a line now and then instead."""
 

@@ -10,6 +10,7 @@ equal to them.
 """
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 
@@ -20,13 +21,15 @@ RESAMPLES = 300
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-  """A figure with its 95% interval."""
+  """A figure with its 95% interval, None where there is but one to see."""
 
   value: float
-  low: float
-  high: float
+  low: float | None
+  high: float | None
 
   def __str__(self) -> str:
+    if self.low is None:
+      return f'{self.value:.4g} (of one: no interval)'
     digits = 4 if abs(self.value) < 1 else 3 if abs(self.value) < 10 else 2
     return (
       f'{self.value:.{digits}f} ({self.low:.{digits}f} to '
@@ -48,10 +51,22 @@ def bootstrap(
     seed: of the draws.
     resamples: how many are drawn.
   """
+  whole = float(statistic(np.arange(count)))
+  if count < 2:
+    return Measure(whole, None, None)
   draw = np.random.default_rng(seed)
   drawn = [statistic(draw.integers(0, count, count)) for _ in range(resamples)]
   low, high = np.percentile(drawn, [2.5, 97.5])
-  return Measure(float(statistic(np.arange(count))), float(low), float(high))
+  return Measure(whole, float(low), float(high))
+
+
+def check() -> None:
+  """Raises ImportError, naming the extra, where a package is not installed."""
+  for name in ('nltk', 'sacrebleu', 'rouge_score', 'pycocoevalcap'):
+    if importlib.util.find_spec(name) is None:
+      raise ImportError(
+        f"texts are compared with {name}: pip install 'qdora_jax[eval]'"
+      )
 
 
 def compare(
@@ -76,16 +91,13 @@ def compare(
       f'compare: {len(answers)} answers and {len(references)} lists of '
       'references; expected as many of both, and at least one'
     )
-  try:
-    import nltk
-    import sacrebleu
-    from nltk.translate.nist_score import corpus_nist
-    from pycocoevalcap.cider.cider_scorer import CiderScorer
-    from rouge_score.rouge_scorer import RougeScorer
-  except ImportError as error:
-    raise ImportError(
-      f"texts are compared with {error.name}: pip install 'qdora_jax[eval]'"
-    ) from error
+  check()
+  import nltk
+  import sacrebleu
+  from nltk.translate.nist_score import corpus_nist
+  from pycocoevalcap.cider.cider_scorer import CiderScorer
+  from rouge_score.rouge_scorer import RougeScorer
+
   count = len(answers)
   most = max(map(len, references))
   streams = [

@@ -107,6 +107,11 @@ class Row:
       return '\n'.join(turn['content'] for turn in asked)
     return self.values[self.form[0]].strip()
 
+  @property
+  def bare(self) -> str:
+    """The question without case and blanks: whoever has seen it knows it."""
+    return ' '.join(self.question.lower().split())
+
   def score(self, answer: str) -> float:
     """1 for a right answer."""
     if self.judge is not None:

@@ -26,6 +26,7 @@ from qdora_jax.generate import generate_text
 from qdora_jax.interop.peft import save_adapter
 from qdora_jax.linear import kind
 from qdora_jax.model import Decoder
+from qdora_jax.nlg import Measure
 from qdora_jax.opening import loaded_adapter, mesh_of, settled, shrunk
 from qdora_jax.pretrained import (
   dequantized,
@@ -240,13 +241,16 @@ class Run:
     """
     params = self.params() if params is None else params
     config = self.config
-    loss = None
+    measured: dict[str, Any] = {}
     if not shots and rows is None:
-      loss = self.held_out_loss(params)
+      loss = self._held_out(params)
+      measured['loss'] = loss.value
+      if loss.low is not None:
+        measured['loss_interval'] = (loss.low, loss.high)
     rows = self.data.held_out if rows is None else rows
     rows = [row for row in rows if row.answer is not None]
     if not rows or not config.eval.exact_match:
-      return Score(0, 0, 0, loss=loss)
+      return Score(0, 0, 0, **measured)
     score = evaluate.exact_match(
       self.model,
       params,
@@ -259,7 +263,7 @@ class Run:
       max_new_tokens=config.eval.max_new_tokens,
       progress=lambda parts: _bar(parts, label),
     )
-    return dataclasses.replace(score, loss=loss)
+    return dataclasses.replace(score, **measured)
 
   def shots(self, count: int) -> list[Row]:
     """So many training rows with answers."""
@@ -269,6 +273,9 @@ class Run:
 
   def held_out_loss(self, params: Tree) -> float:
     """In nats per learned token; see `evaluate.held_out_loss`."""
+    return self._held_out(params).value
+
+  def _held_out(self, params: Tree) -> Measure:
     if self.held_out is None:
       raise ValueError(
         f'{self.workdir} holds no rows out (config.data.eval_size=0): there is '
@@ -277,7 +284,7 @@ class Run:
     batches = self.held_out.once()
     if self.mesh is not None:
       batches = (shard_batch(batch, self.mesh) for batch in batches)
-    return evaluate.held_out_loss(self.model, params, batches)
+    return evaluate.held_out(self.model, params, batches)
 
   def generate(
     self,

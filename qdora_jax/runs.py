@@ -172,7 +172,8 @@ def _figures(run: Seen) -> dict[str, str]:
   if path.exists():
     summary = json.loads(path.read_text())
     figures['s/step'] = f'{summary["seconds_per_step"]:.2f}'
-    figures['GB'] = f'{summary["peak_memory_bytes"] / 1e9:.2f}'
+    if peak := summary['peak_memory_bytes']:
+      figures['GB'] = f'{peak / 1e9:.2f}'
   return figures
 
 

@@ -31,10 +31,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qdora_jax import benchmark, data, folder, processes
+from qdora_jax import (
+  benchmark,
+  data,
+  folder,
+  footprint,
+  optim,
+  plan,
+  processes,
+)
 from qdora_jax.config import RunConfig
 from qdora_jax.finetune import fine_tune
-from qdora_jax.opening import settled
+from qdora_jax.opening import mesh_of, settled
 
 Point = dict[str, Any]
 # A point's word for itself, in no config.
@@ -152,20 +160,33 @@ def build(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, RunConfig]:
     raise ValueError('; '.join(wrong[:3]) + more)
   seen: list[Any] = []
   for name, config in built.items():
-    for part, load in ((config.data, data.load_data), (config.eval, _sources)):
+    model = config.model.name, config.quant, config.adapter
+    for part, check in (
+      (config.data, lambda c: data.load_data(c.data)),
+      (config.eval, _sources),
+      ((config.mesh, config.train), mesh_of),
+      ((*model, dataclasses.replace(config.optim, lr=0.0)), _trees),
+    ):
       if part in seen:
         continue
       seen.append(part)
       try:
-        load(part)
-      except (ValueError, OSError) as error:
+        check(config)
+      except (ValueError, OSError, ImportError) as error:
         raise type(error)(f'point {name}: {error}') from error
   return built
 
 
-def _sources(section: Any) -> None:
-  for source in section.benchmarks:
+def _sources(config: RunConfig) -> None:
+  for source in config.eval.benchmarks:
     benchmark.load(source)
+
+
+def _trees(config: RunConfig) -> None:
+  """Quantizes, adapts and updates shapes alone."""
+  train = dataclasses.replace(config.train, seq_len=config.train.seq_len or 1)
+  job = plan.of_run(dataclasses.replace(config, train=train))
+  optim.check(config.optim, footprint.trees(job).trained)
 
 
 def _with(values: Mapping[str, Any], point: Point) -> dict[str, Any]:

@@ -14,7 +14,9 @@ The eight commonsense tasks are posed as in the DoRA paper's code base, which
 took them from LLM-Adapters (Hu et al. 2023, arXiv 2304.01933): an instruction
 that ends in the answer's form, and 'the correct answer is option2' to learn.
 Scored is the first word of that form in what the model says, upper and lower
-case told apart: none is a wrong answer. Contexts of choices are those of
+case told apart: none is a wrong answer. Answers are greedy, where that code
+searches with four beams. Prompts of HellaSwag keep WikiHow's marks ([header],
+[title]), as there, if the file has them. Contexts of choices are those of
 lm-evaluation-harness.
 
 Numbers (GSM8K, Orca-Math): of what stands after the last '####', or of the
@@ -196,7 +198,19 @@ def _hellaswag(record: Record) -> list[dict[str, Any]]:
   if 'activity_label' in record:
     text = f'{record["activity_label"]}: {text}'
   ask = f'ending to complete the given sentence: {text}'
-  return _choice(record, ask, 'Ending', text)
+  (row,) = _choice(record, ask, 'Ending', text)
+  if 'ctx_a' in record:
+    text = f'{record["ctx_a"]} {record["ctx_b"].capitalize()}'
+    text = f'{record["activity_label"]}: {text}'
+  row['context'] = _unmarked(text)
+  row['choices'] = [f' {_unmarked(choice)}' for choice in _choices(record)]
+  return [row]
+
+
+def _unmarked(text: str) -> str:
+  """Without WikiHow's marks, as the harness reads HellaSwag."""
+  text = text.strip().replace(' [title]', '. ')
+  return re.sub(r'\[.*?\]', '', text).replace('  ', ' ')
 
 
 def _winogrande(record: Record) -> list[dict[str, Any]]:

@@ -579,8 +579,14 @@ GZIP = gzip.compress(TEXT.encode(), mtime=0)
     (
       'a.jsonl',
       TEXT.encode(),
-      {'data.mix': {'TMP/a.jsonl': 1.0, 'TMP/b.jsonl': 2.0}},
+      {'data.path': '', 'data.mix': {'TMP/a.jsonl': 1.0, 'TMP/b.jsonl': 2.0}},
       ['TMP/b.jsonl: no such file; beside it: a.jsonl'],
+    ),
+    (
+      'a.jsonl',
+      TEXT.encode(),
+      {'data.mix': {'TMP/b.jsonl': 2.0}},
+      ['a.jsonl', 'beside config.data.mix', 'a.jsonl": 1}'],
     ),
   ],
 )

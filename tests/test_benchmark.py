@@ -60,7 +60,7 @@ def test_a_benchmark_of_the_config_is_taken_after_training(workdir):
   assert len(found['samples']) == 3
 
 
-def test_evaluating_on_a_source(workdir, tmp_path, capsys):
+def test_evaluating_on_a_source(workdir, tmp_path, capsys, monkeypatch):
   workdir = shutil.copytree(workdir, tmp_path / 'run')
   source = f'gsm8k:{workdir.parent / "t.jsonl"}'
   (workdir.parent / 't.jsonl').write_text('{"question": "7+1?", "answer": "8"}')
@@ -75,6 +75,16 @@ def test_evaluating_on_a_source(workdir, tmp_path, capsys):
   # The same again stands in its own place.
   models = [entry['model'] for entry in folder.benchmarks(workdir)]
   assert models == ['last', 'base', 'last']
+  # What was measured is shown, wherever it cannot be kept.
+  monkeypatch.setattr(
+    folder, 'write', lambda *_: (_ for _ in ()).throw(OSError)
+  )
+  assert cli.main([*words, '--on', source]) == 0
+  shown = capsys.readouterr()
+  assert 'by answers, n=1:' in shown.out and 'not kept in' in shown.err
+  assert len(folder.benchmarks(workdir)) == 3
+  assert cli.main([*words, '--on', source, '--batch-size', '0']) == 1
+  assert '--batch-size=0: at least 1' in capsys.readouterr().err
   assert cli.main([*words, '--on', 'gsm9k:nothing']) == 1
   assert "no task 'gsm9k'; near: gsm8k" in capsys.readouterr().err
   assert cli.main([*words, '--on', 'gsm8k:gone.jsonl']) == 1
@@ -90,6 +100,21 @@ def test_a_benchmark_that_is_not_there_stops_a_run_at_once(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'gone\.jsonl'):
       finetune.fine_tune(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_what_cannot_be_compared_is_known_before_training(
+  tmp_path, monkeypatch
+):
+  path = tmp_path / 'e2e.txt'
+  path.write_text('name : A||A .\n')
+  find = nlg.importlib.util.find_spec
+  monkeypatch.setattr(
+    nlg.importlib.util,
+    'find_spec',
+    lambda name: None if name == 'nltk' else find(name),
+  )
+  with pytest.raises(ImportError, match=r'with nltk: .*\[eval\]'):
+    benchmark.load(f'e2e:{path}')
 
 
 def subject() -> Subject:
@@ -154,6 +179,8 @@ def test_a_bootstrap_is_the_normal_interval_of_a_mean():
   assert got.value == pytest.approx(values.mean())
   assert got.high - got.low == pytest.approx(2 * half, rel=0.15)
   assert str(nlg.Measure(0.12345, 0.1, 0.2)) == '0.1235 (0.1000 to 0.2000)'
+  alone = nlg.bootstrap(lambda at: values[at].mean(), 1)
+  assert str(alone) == f'{values[0]:.4g} (of one: no interval)'
 
 
 def test_answers_in_fastchats_form(tmp_path):
@@ -189,9 +216,16 @@ def test_answers_in_fastchats_form(tmp_path):
   assert fastchat.answer(one, str(path), out, 'tiny', max_new_tokens=4) == 1
   heats = [fastchat.temperature(question) for question in questions]
   assert heats == [0.7, 0.0, 0.7]
-  path.write_text('{"question_id": 1, "turns": "what"}')
-  with pytest.raises(ValueError, match=r'questions\.jsonl:1 is no question'):
-    fastchat.answer(one, str(path), out, 'tiny')
+  for line in (
+    '{"question_id": 1, "turns": "what"}',
+    '{"question_id": "a", "turns": ["what"]}',
+    '{"question_id": 1, "turns": [2]}',
+  ):
+    path.write_text(line)
+    with pytest.raises(ValueError, match=r'questions\.jsonl:1 is no question'):
+      fastchat.answer(one, str(path), out, 'tiny')
+  with pytest.raises(ValueError, match=r'answers\.txt: expected .*\.jsonl'):
+    fastchat.answer(one, str(path), out.with_suffix('.txt'), 'tiny')
 
 
 def test_a_second_turn_sees_the_first_answer(tmp_path, monkeypatch):
@@ -223,6 +257,9 @@ def test_stop_strings_and_draws_by_command(workdir, capsys):
   assert (
     capsys.readouterr().out.strip() == whole[: whole.find(whole[3])].strip()
   )
+  asked = [*words[:3], '--questions', 'q.jsonl', '--out', 'a.jsonl']
+  assert cli.main([*asked, '--top-k', '3']) == 1
+  assert '--top-k is for --prompt' in capsys.readouterr().err
   assert cli.main([*words, '--top-p', '1.5']) == 1
   assert 'top_p=1.5: expected more than 0' in capsys.readouterr().err
   assert cli.main([*words[:-6], '--top-k', '1', '--temperature', '1']) == 0

@@ -24,6 +24,7 @@ from qdora_jax import (
 )
 from qdora_jax.evaluate import Score
 from qdora_jax.metrics import Progress, read_log
+from qdora_jax.nlg import Measure
 
 ONE = r'.*/q/kernel'
 
@@ -248,7 +249,7 @@ def test_a_run_shows_what_it_does(train, tmp_path, capsys):
     r'step 4: held-out loss',
     r'fine-tuned: .* held-out loss',
     r'gain beyond both intervals: -?\d',
-    r'5 steps, \d+ tokens, \d+ tokens/s; \d.* in all, peak .* results in',
+    r'5 steps, \d+ tokens, \d+ tokens/s; \d.* in all.*; results in',
   ):
     assert re.search(words, out), words
   rows = read_log(tmp_path / 'run' / 'metrics.jsonl')
@@ -266,6 +267,7 @@ def test_a_run_shows_what_it_does(train, tmp_path, capsys):
   assert summary['versions']['jax'] == jax.__version__
   names = {path.name for path in (tmp_path / 'run').iterdir()}
   assert names == {
+    '.lock',
     'config.json',
     'metrics.jsonl',
     'scores.json',
@@ -391,11 +393,11 @@ def test_the_best_checkpoint_stays_and_can_be_taken(
 ):
   losses, seen = [9.0, 3.0, 1.0, 2.0, 4.0, 4.0], []
 
-  def held_out_loss(model, params, batches):
+  def held_out(model, params, batches):
     seen.append(jax.tree.map(np.asarray, params))
-    return losses[len(seen) - 1]
+    return Measure(losses[len(seen) - 1], None, None)
 
-  monkeypatch.setattr(run.evaluate, 'held_out_loss', held_out_loss)
+  monkeypatch.setattr(run.evaluate, 'held_out', held_out)
   options = {'train.steps': 4, 'train.save_every': 4, 'eval.every': 1}
   train('run', **options, **{'train.keep_last': 1, 'train.keep_best': 1})
   words = 'the best checkpoint is of step 2, held-out loss 1.0000; --checkpoint'

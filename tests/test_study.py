@@ -109,14 +109,14 @@ def test_runs_without_checkpoints_are_named(tmp_path, monkeypatch, capsys):
 def test_of_weights(tmp_path, capsys):
   model = tiny.write(tmp_path / 'model')
   text = tmp_path / 'text.txt'
-  text.write_text('three and four is seven; ' * 20)
+  text.write_text('three and four is seven; ' * 60)
   out = tmp_path / 'out'
   words = ['analyze', '--model', str(model), '--text', str(text)]
   words += [
     '--out',
     str(out),
     '--limit',
-    '300',
+    '1200',
     '--targets',
     '.*/(q|up)/kernel',
   ]

@@ -192,6 +192,22 @@ def test_points_that_cannot_be_are_named_before_anything_runs(
       "product(grid('data.path', ['gone.jsonl']), grid('optim.lr', [1.0]))",
       ['point path=gone.jsonl', 'no such'],
     ),
+    (
+      "product(grid('adapter.targets', ['x/kernel']), grid('optim.lr', [1.0]))",
+      ['point targets=x-kernel', "'x/kernel'", 'layers/'],
+    ),
+    (
+      "product(grid('optim.name', ['adamv']), grid('optim.lr', [1.0]))",
+      ['point name=adamv', 'adamw'],
+    ),
+    (
+      "product(grid('mesh.fsdp', [1, 3]), grid('optim.lr', [1.0]))",
+      ['point fsdp=3', 'split over 3'],
+    ),
+    (
+      "product(grid('model.name', ['gone']), grid('optim.lr', [1.0]))",
+      ['point name=gone', "'gone'"],
+    ),
     ('[]', ['no points']),
     ("grid('adapter.rank', [4])", ["'optim.lr', which no point has"]),
     (
@@ -218,7 +234,7 @@ def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
   out = tmp_path / 'out'
   points = (
     "product(grid('optim.lr', [1e-2, 1e-3]), grid('seed', [0, 1])) + "
-    "grid('adapter.targets', ['nothing'])"
+    "grid('adapter.path', ['nothing'])"
   )
   words = ['sweep', made(points), '--out', str(out)]
   missed = []
@@ -246,16 +262,16 @@ def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
   calls[:] = [None, None, None]
   assert cli.main(words) == 1
   err = capsys.readouterr().err
-  assert '1 of 5 points failed: targets=nothing' in err
+  assert '1 of 5 points failed: path=nothing' in err
   # Rates and seeds are arguments: nothing is compiled again.
   assert calls[3:] == [
     *('lr=0.01,seed=1', 0, 'lr=0.001,seed=0', 0, 'lr=0.001,seed=1', 0),
-    'targets=nothing',
+    'path=nothing',
   ]
   with (out / 'table.csv').open() as file:
     table = list(csv.DictReader(file))
-  assert [row['point'] for row in table][-1] == 'targets=nothing'
-  assert 'ValueError' in table[-1]['error']
+  assert [row['point'] for row in table][-1] == 'path=nothing'
+  assert 'FileNotFoundError' in table[-1]['error']
   done = table[:4]
   scores = [
     json.loads((out / 'points' / row['point'] / 'scores.json').read_text())
@@ -280,7 +296,7 @@ def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
   # Nothing is left to run but what failed; its own table needs no run.
   calls.clear()
   assert cli.main(words) == 1
-  assert calls == ['targets=nothing']
+  assert calls == ['path=nothing']
   (out / 'table.md').unlink()
   assert cli.main([*words, '--table']) == 0
   assert (out / 'table.md').read_text() == text

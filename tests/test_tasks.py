@@ -103,7 +103,9 @@ HUB = {
   'hellaswag': (
     {
       'activity_label': 'Skiing',
-      'ctx': 'A man',
+      'ctx': 'A [x] man. he',
+      'ctx_a': 'A [x] man.',
+      'ctx_b': 'he',
       'endings': ['s', 't', 'u', 'v'],
       'label': '2',
     },
@@ -141,9 +143,10 @@ def test_records_as_the_hub_has_them(name):
   if name == 'hellaswag':
     assert row['prompt'] == (
       'Please choose the correct ending to complete the given sentence: '
-      'Skiing: A man\n\nEnding1: s Ending2: t Ending3: u Ending4: v\n\n'
+      'Skiing: A [x] man. he\n\nEnding1: s Ending2: t Ending3: u Ending4: v\n\n'
       'Answer format: ending1/ending2/ending3/ending4'
     )
+    assert row['context'] == 'Skiing: A man. He'
   if name == 'winogrande':
     assert row['context'] == ['a x', 'a y']
     assert row['choices'] == [' b', ' b']

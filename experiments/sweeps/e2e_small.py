@@ -19,6 +19,8 @@ def get_config(form: str = '') -> ml_collections.ConfigDict:
   config = program['get_config']()
   config.model.remat = 'dots'
   config.quant.format = 'none'
+  # One row a step is for one device.
+  config.mesh.fsdp = 1
   config.train.batch_size = 1
   config.train.seq_len = 256
   config.train.steps = 60

@@ -5,8 +5,8 @@
 57 runs of SmolLM2-135M on E2E data to text: five methods, three or four
 learning rates (full fine-tuning's a tenth of the others'), three seeds. The
 rate is chosen by the loss on inputs of the valid split, what is reported is of
-inputs of the test split. Two and a half hours on two CPU cores, and 15 GB of
-disk for the checkpoints.
+inputs of the test split. Some three hours on two CPU cores, and 15 GB of disk
+for the checkpoints.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped
@@ -36,5 +36,10 @@ def get_sweep() -> Sweep:
     x='optim.lr',
     over=['optim.lr'],
     chosen_by='held-out loss',
-    pairs=[('DoRA', 'LoRA'), ('QDoRA', 'QLoRA'), ('QLoRA', 'LoRA')],
+    pairs=[
+      ('DoRA', 'LoRA'),
+      ('QDoRA', 'QLoRA'),
+      ('QLoRA', 'LoRA'),
+      ('full', 'LoRA'),
+    ],
   )
