@@ -19,7 +19,7 @@ from typing import Any
 
 import scipy.stats
 
-from qdora_jax import folder
+from qdora_jax import folder, paths
 from qdora_jax.metrics import read_log
 from qdora_jax.report import markdown_table, save_figure
 from qdora_jax.sweep import ALONE, LABEL, SEED, Point, Sweep, done, name_of
@@ -201,6 +201,15 @@ def report(sweep: Sweep, out: Path) -> str:
   text = (
     f'# {sweep.question}\n\n{count} of {len(sweep.points)} points are done.'
   )
+  have = dict.fromkeys(column for group in found for column in group.means)
+  asked = (sweep.measure, *([sweep.chosen_by] if sweep.over else ()))
+  for column in dict.fromkeys(asked):
+    if column not in have:
+      near = ', '.join(paths.near(column, list(have)))
+      text += (
+        f'\n\nNo point has the column {column!r}, which the sweep names; near: '
+        f'{near}. Put it right: `qdora sweep --table` runs nothing again.'
+      )
   text += f'\n\n{markdown(found)}'
   chosen = found
   if sweep.over:

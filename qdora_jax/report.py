@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 
 from qdora_jax import paths
@@ -45,8 +44,8 @@ def answer_text(question: str, given: str, expected: str) -> str:
   )
 
 
-def save_figure(figure: matplotlib.figure.Figure, path: str | Path) -> None:
-  """Writes a PNG, whole or not at all."""
+def save_figure(figure: Any, path: str | Path) -> None:
+  """Writes a matplotlib figure as a PNG, whole or not at all."""
   part = Path(path).with_suffix('.part')
   figure.savefig(part, format='png')
   part.replace(path)
@@ -170,6 +169,8 @@ def plot(
     scores: {name: score}, drawn in this order.
     title: above the picture.
   """
+  import matplotlib.figure
+
   done = [row for row in rows if row['loss'] is not None]
   x = np.array([row['step'] for row in done])
   loss = np.array([row['loss'] for row in done])

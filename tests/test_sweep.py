@@ -300,6 +300,9 @@ def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
   (out / 'table.md').unlink()
   assert cli.main([*words, '--table']) == 0
   assert (out / 'table.md').read_text() == text
+  wrong = dataclasses.replace(shipped, chosen_by='exact watch')
+  assert "column 'exact watch'" in findings.report(wrong, out)
+  assert 'near: exact match' in (out / 'table.md').read_text()
   assert len(calls) == 1
 
   # The folders are runs like others.
