@@ -77,10 +77,11 @@ def log_likelihoods(
     whole.append((ids[-longest:] if longest else ids, continuation))
   # Batches of like lengths.
   order = sorted(range(len(whole)), key=lambda n: -len(whole[n][0]))
+  rows = min(batch_size, _step(len(whole)))
   found: list[Likelihood | None] = [None] * len(whole)
   for start in progress(range(0, len(order), batch_size)):
     places = order[start : start + batch_size]
-    batch = _batch([whole[n] for n in places], batch_size)
+    batch = _batch([whole[n] for n in places], rows)
     nats, greedy = jax.device_get(_score(model, params, batch))
     for row, n in enumerate(places):
       count = len(whole[n][1])

@@ -303,7 +303,6 @@ def test_a_signal_to_any_of_them_saves_and_ends_all(command, whole):
   for told, name in (
     ('parent', 'SIGTERM'),
     ('parent', 'SIGINT'),
-    (0, 'SIGTERM'),
     (1, 'SIGTERM'),
   ):
     number = signal.Signals[name]

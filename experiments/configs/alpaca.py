@@ -13,7 +13,7 @@ tatsu-lab/alpaca from the hub.
 
 With no more said, the same of SmolLM2-135M on the 999 instructions of
 ../shared/data. `alpaca.py:tiny` takes 4 steps of a small part of them:
-45 s on two CPU cores beside other work, and nothing learned worth a figure.
+50 s on two CPU cores beside other work, and nothing learned worth a figure.
 """
 
 import runpy
@@ -43,7 +43,7 @@ def get_config(form: str = '') -> ml_collections.ConfigDict:
   config.eval.max_new_tokens = 256
   if form == 'tiny':
     config.data.train_size = 50
-    config.data.eval_size = 8
+    config.data.eval_size = 4
     config.train.seq_len = 256
     config.train.batch_size = 2
     config.train.microbatches = 1

@@ -21,7 +21,7 @@ these; they read timdettmers/openassistant-guanaco from the hub.
 
 With no more said, the same of SmolLM2-135M on the 953 conversations of
 ../shared/data. `guanaco.py:tiny` takes 4 steps of a small part of them:
-57 s on two CPU cores beside other work, and nothing learned worth a figure.
+60 s on two CPU cores beside other work, and nothing learned worth a figure.
 """
 
 import runpy
@@ -65,10 +65,10 @@ def get_config(form: str = '') -> ml_collections.ConfigDict:
   config.eval.max_new_tokens = 256
   if form == 'tiny':
     config.data.train_size = 50
-    config.data.eval_size = 8
+    config.data.eval_size = 2
     config.train.seq_len = 256
-    config.train.batch_size = 2
-    config.train.microbatches = 2
+    config.train.batch_size = 1
+    config.train.microbatches = 1
     config.train.steps = 4
     config.optim.lr = 1e-3
     config.optim.warmup_steps = 0

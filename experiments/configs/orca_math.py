@@ -21,7 +21,7 @@ rate. Their scale is 1: alpha is rank here.
 
 With no more said, the same of SmolLM2-135M on the train split of GSM8K, which
 ../shared/data has and Orca-Math has not. `orca_math.py:tiny` takes 4 steps of a
-small part of it: 70 s on two CPU cores beside other work, and nothing learned
+small part of it: 60 s on two CPU cores beside other work, and nothing learned
 worth a figure.
 """
 
@@ -62,9 +62,9 @@ def get_config(form: str = '') -> ml_collections.ConfigDict:
   if form == 'tiny':
     config.data.train_size = 100
     config.data.eval_size = 4
-    config.train.seq_len = 384
-    config.train.batch_size = 2
-    config.train.microbatches = 2
+    config.train.seq_len = 256
+    config.train.batch_size = 1
+    config.train.microbatches = 1
     config.train.steps = 4
     config.optim.lr = 1e-3
     config.eval.max_new_tokens = 32
