@@ -17,8 +17,8 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 
 import jax
 
-# Tracing makes objects by the million, and an eighth of all time was to look
-# through them.
+# Tracing makes objects by the million, and to look through them was an eighth
+# of the tests of training.
 gc.set_threshold(100_000, 50, 100)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # What one test has compiled the next ones read: a cache of this process alone,
