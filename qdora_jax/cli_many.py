@@ -5,6 +5,7 @@ import functools
 import sys
 from pathlib import Path
 
+import jax
 import tqdm
 
 from qdora_jax import paths
@@ -98,9 +99,13 @@ def sweep(argv: list[str]) -> int:
     print(report())
     return 0
   isolated = None
+  mine = {n: c for n, c in points.items() if known.only in (None, n)}
   if known.isolate:
+    # Its points need the devices, and JAX would take a GPU's memory here.
+    jax.config.update('jax_platforms', 'cpu')
     isolated = [sys.executable, '-m', 'qdora_jax.cli', 'sweep', known.file]
     isolated += ['--out', str(known.out), *words]
+  sweep.check(mine, mesh=not known.isolate)
   return sweep.run(found, points, known.out, known.only, isolated, report)
 
 

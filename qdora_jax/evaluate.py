@@ -172,24 +172,32 @@ def held_out_loss(
   Raises:
     ValueError: if there are none.
   """
-  return held_out(model, params, batches).value
+  nats, tokens = _sums(model, params, batches).sum(0)
+  return float(nats / tokens)
 
 
-def held_out(model: Decoder, params: Any, batches: Iterable[Batch]) -> Measure:
+def held_out_measure(
+  model: Decoder, params: Any, batches: Iterable[Batch]
+) -> Measure:
   """`held_out_loss` with its 95% interval, by resampling batches."""
+  sums = _sums(model, params, batches)
+
+  def mean(at: np.ndarray) -> float:
+    nats, tokens = sums[at].sum(0)
+    return nats / tokens
+
+  return bootstrap(mean, len(sums))
+
+
+def _sums(model: Decoder, params: Any, batches: Iterable[Batch]) -> np.ndarray:
+  """(nats, learned tokens) of each batch, f64 [N, 2]."""
   sums = [
     (float(_loss(model, params, batch)), float(batch['weights'].sum()))
     for batch in batches
   ]
   if not sum(tokens for _, tokens in sums):
     raise ValueError('held_out_loss: there is nothing to take the loss of')
-  parts = np.array(sums)
-
-  def mean(at: np.ndarray) -> float:
-    nats, tokens = parts[at].sum(0)
-    return nats / tokens
-
-  return bootstrap(mean, len(parts))
+  return np.array(sums)
 
 
 _loss = jax.jit(summed_loss, static_argnums=0)

@@ -8,7 +8,8 @@
   curves.png      loss by step, and the scores
   checkpoints/    orbax: what is trained, the optimizer, where the data stood
   adapter/        PEFT files, where PEFT has a form for what was trained
-  .lock           held by the command that trains here
+  .lock           held by the command that trains here, .benchmarks.lock by who
+                  adds to benchmarks.json
 
 A folder belongs to one config, whatever devices it goes on with and whoever
 follows it: config.mesh and config.log may change. Files appear whole or not at
@@ -19,7 +20,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,6 @@ def write_text(path: Path, text: str) -> None:
   """The same of any text."""
   if not processes.first():
     return
-  part = path.with_suffix(f'.{os.getpid()}.part')
+  part = path.with_suffix('.part')
   part.write_text(text)
   part.replace(path)

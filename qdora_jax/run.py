@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,13 @@ from qdora_jax import chat, data, evaluate, folder, optim, paths, train
 from qdora_jax.adapter import init_adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.config import RunConfig
-from qdora_jax.data import Batches
+from qdora_jax.data import Batch, Batches
 from qdora_jax.evaluate import Score
 from qdora_jax.export import export_base, export_folded, export_merged
 from qdora_jax.generate import generate_text
 from qdora_jax.interop.peft import save_adapter
 from qdora_jax.linear import kind
 from qdora_jax.model import Decoder
-from qdora_jax.nlg import Measure
 from qdora_jax.opening import loaded_adapter, mesh_of, settled, shrunk
 from qdora_jax.pretrained import (
   dequantized,
@@ -243,7 +242,9 @@ class Run:
     config = self.config
     measured: dict[str, Any] = {}
     if not shots and rows is None:
-      loss = self._held_out(params)
+      loss = evaluate.held_out_measure(
+        self.model, params, self._held_out_batches()
+      )
       measured['loss'] = loss.value
       if loss.low is not None:
         measured['loss_interval'] = (loss.low, loss.high)
@@ -273,9 +274,10 @@ class Run:
 
   def held_out_loss(self, params: Tree) -> float:
     """In nats per learned token; see `evaluate.held_out_loss`."""
-    return self._held_out(params).value
+    batches = self._held_out_batches()
+    return evaluate.held_out_loss(self.model, params, batches)
 
-  def _held_out(self, params: Tree) -> Measure:
+  def _held_out_batches(self) -> Iterator[Batch]:
     if self.held_out is None:
       raise ValueError(
         f'{self.workdir} holds no rows out (config.data.eval_size=0): there is '
@@ -284,7 +286,7 @@ class Run:
     batches = self.held_out.once()
     if self.mesh is not None:
       batches = (shard_batch(batch, self.mesh) for batch in batches)
-    return evaluate.held_out(self.model, params, batches)
+    return batches
 
   def generate(
     self,

@@ -116,7 +116,7 @@ def name_of(point: Point) -> str:
 
 
 def build(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, RunConfig]:
-  """Every point's config, checked, its data found: before anything runs.
+  """Every point's config, its keys and values checked.
 
   Args:
     sweep: with its points.
@@ -124,7 +124,6 @@ def build(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, RunConfig]:
 
   Raises:
     ValueError: naming each point that cannot be; for none, or two of one name.
-    FileNotFoundError: for data that is not there.
   """
   if not sweep.points:
     raise ValueError('the sweep has no points')
@@ -158,23 +157,41 @@ def build(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, RunConfig]:
   if wrong:
     more = f' (and {len(wrong) - 3} more)' if len(wrong) > 3 else ''
     raise ValueError('; '.join(wrong[:3]) + more)
+  return built
+
+
+def check(points: Mapping[str, RunConfig], mesh: bool = True) -> None:
+  """Tries what can be told of points before anything runs.
+
+  Their data and benchmarks are read; their models quantized, adapted and
+  updated as shapes.
+
+  Args:
+    points: what `build` made of a sweep.
+    mesh: whether they run on the devices that this process sees.
+
+  Raises:
+    ValueError, FileNotFoundError, ImportError: naming the first point that
+      cannot be.
+  """
   seen: list[Any] = []
-  for name, config in built.items():
-    model = config.model.name, config.quant, config.adapter
-    for part, check in (
+  for name, config in points.items():
+    shapes = config.model.name, config.quant, config.adapter
+    tries: list[tuple[Any, Callable[[RunConfig], Any]]] = [
       (config.data, lambda c: data.load_data(c.data)),
       (config.eval, _sources),
-      ((config.mesh, config.train), mesh_of),
-      ((*model, dataclasses.replace(config.optim, lr=0.0)), _trees),
-    ):
+      ((*shapes, dataclasses.replace(config.optim, lr=0.0)), _trees),
+    ]
+    if mesh:
+      tries.append(((config.mesh, config.train), mesh_of))
+    for part, attempt in tries:
       if part in seen:
         continue
       seen.append(part)
       try:
-        check(config)
+        attempt(config)
       except (ValueError, OSError, ImportError) as error:
         raise type(error)(f'point {name}: {error}') from error
-  return built
 
 
 def _sources(config: RunConfig) -> None:

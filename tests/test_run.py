@@ -17,6 +17,7 @@ from qdora_jax import (
   finetune,
   folder,
   load_adapter,
+  metrics,
   opening,
   paths,
   processes,
@@ -231,7 +232,9 @@ def test_devices_are_asked_what_to_compute_in(name, capability, dtype, why):
   assert re.search(why, reason)
 
 
-def test_a_run_shows_what_it_does(train, tmp_path, capsys):
+def test_a_run_shows_what_it_does(train, tmp_path, monkeypatch, capsys):
+  # The first of its process, as far as its memory is asked.
+  monkeypatch.setattr(metrics, '_told', 0)
   train(
     'run', **{'train.steps': 5, 'eval.every': 2, 'train.seq_len': 12, 'seed': 1}
   )
@@ -249,7 +252,7 @@ def test_a_run_shows_what_it_does(train, tmp_path, capsys):
     r'step 4: held-out loss',
     r'fine-tuned: .* held-out loss',
     r'gain beyond both intervals: -?\d',
-    r'5 steps, \d+ tokens, \d+ tokens/s; \d.* in all.*; results in',
+    r'5 steps, \d+ tokens, \d+ tokens/s; \d.* in all, peak .* results in',
   ):
     assert re.search(words, out), words
   rows = read_log(tmp_path / 'run' / 'metrics.jsonl')
@@ -393,11 +396,16 @@ def test_the_best_checkpoint_stays_and_can_be_taken(
 ):
   losses, seen = [9.0, 3.0, 1.0, 2.0, 4.0, 4.0], []
 
-  def held_out(model, params, batches):
+  def held_out_loss(model, params, batches):
     seen.append(jax.tree.map(np.asarray, params))
-    return Measure(losses[len(seen) - 1], None, None)
+    return losses[len(seen) - 1]
 
-  monkeypatch.setattr(run.evaluate, 'held_out', held_out)
+  monkeypatch.setattr(run.evaluate, 'held_out_loss', held_out_loss)
+  monkeypatch.setattr(
+    run.evaluate,
+    'held_out_measure',
+    lambda *args: Measure(held_out_loss(*args), None, None),
+  )
   options = {'train.steps': 4, 'train.save_every': 4, 'eval.every': 1}
   train('run', **options, **{'train.keep_last': 1, 'train.keep_best': 1})
   words = 'the best checkpoint is of step 2, held-out loss 1.0000; --checkpoint'

@@ -338,10 +338,38 @@ def test_a_shipped_sweep_can_be_built(file):
   values = config_file.read_values(str(file.parent / one.config), words)
   values['eval']['benchmarks'] = {}
   built = sweep.build(one, values)
+  sweep.check(built)
   words = ast.get_docstring(ast.parse(file.read_text()))
   assert re.search(rf'(?m)^{len(built)} runs of', words), len(built)
   assert f'qdora sweep experiments/sweeps/{file.name} --out' in words
   assert one.question.endswith('?')
+
+
+def test_who_starts_processes_leaves_the_devices_to_them(
+  made, tmp_path, monkeypatch
+):
+  """And who makes a table asks for neither devices nor data."""
+  platforms, told = jax.config.jax_platforms, []
+  monkeypatch.setattr(sweep.processes, 'call', lambda words: told.append(words))
+  monkeypatch.setattr(
+    sweep, 'mesh_of', lambda config: pytest.fail('asks for devices')
+  )
+  points = "grid('optim.lr', [1e-2, 1e-3])"
+  words = ['sweep', made(points), '--out', str(tmp_path / 'out')]
+  jax.config.update('jax_platforms', '')
+  try:
+    assert cli.main([*words, '--isolate']) == 1
+    assert jax.config.jax_platforms == 'cpu'
+  finally:
+    jax.config.update('jax_platforms', platforms)
+  assert [line[-2:] for line in told] == [
+    ['--only', 'lr=0.01'],
+    ['--only', 'lr=0.001'],
+  ]
+  monkeypatch.setattr(
+    sweep, 'check', lambda *points, **options: pytest.fail('tries points')
+  )
+  assert cli.main([*words, '--table']) == 0
 
 
 @pytest.mark.slow

@@ -21,15 +21,15 @@ rank=16 with alpha=32 for its half rank:
 
   qdora train --config experiments/configs/commonsense.py:llama3-8b \
       --config.data.mix='{"commonsense:commonsense_170k.json": 1}' \
-      --config.train.steps=31950 --workdir runs/cs
+      --config.train.steps=31875 --workdir runs/cs
 
 with the file of github.com/AGI-Edgerunners/LLM-Adapters (ft-training_set), some
-170,400 rows; the score is the mean of eight accuracies (of greedy answers; the
-paper's code searches with four beams). They were not run here: time and scores
-are unmeasured, and memory is what `qdora plan` says of one GPU. They read their
-tests, and without that file their training data, from the hub. `quant.format`
-is 'none' as in the paper; 'nf4' makes QLoRA and QDoRA of them. The paper's code
-learns the tokens of prompts, too, and so do these.
+170,000 rows thrice; the score is the mean of eight accuracies (of greedy
+answers; the paper's code searches with four beams). They were not run here:
+time and scores are unmeasured, and memory is what `qdora plan` says of one GPU.
+They read their tests, and without that file their training data, from the hub.
+`quant.format` is 'none' as in the paper; 'nf4' makes QLoRA and QDoRA of them.
+The paper's code learns the tokens of prompts, too, and so do these.
 """
 
 import runpy

@@ -18,7 +18,14 @@ import tiny
 import torch
 import transformers
 
-from qdora_jax import QuantSpec, cli, finetune, harness, load_pretrained
+from qdora_jax import (
+  QuantSpec,
+  cli,
+  finetune,
+  harness,
+  load_pretrained,
+  tasks,
+)
 from qdora_jax.generate import Draw, pick
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -189,3 +196,22 @@ def test_tokens_are_drawn_among_those_of_transformers(
   assert set(np.flatnonzero(share)) <= set(np.flatnonzero(want))
   # Five standard deviations of a share.
   assert (np.abs(share - want) <= 5 * np.sqrt(want / count) + 1e-9).all()
+
+
+def test_hellaswag_is_read_as_the_harness_reads_it():
+  datasets = pytest.importorskip('datasets')
+  from lm_eval.tasks.hellaswag import utils
+
+  record = {
+    'activity_label': 'Home',
+    'ctx_a': '[header] How to paint [title] Buy paint. [step]  Choose it.',
+    'ctx_b': 'then THEY',
+    'ctx': '[header] How to paint [title] Buy paint. [step]  Choose it. then',
+    'endings': [' go [substeps] home. ', 'paint [title] it', 'c', 'd'],
+    'label': '1',
+  }
+  (theirs,) = utils.process_docs(datasets.Dataset.from_list([record]))
+  (row,) = tasks.find('hellaswag').rows(record)
+  assert row['context'] == theirs['query']
+  assert row['choices'] == [f' {choice}' for choice in theirs['choices']]
+  assert row['label'] == theirs['gold']
