@@ -112,7 +112,7 @@ def test_flash_is_the_plain_form(case, length):
 
 
 @pytest.mark.parametrize(
-  'dtype', [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
+  'dtype', [jnp.bfloat16, pytest.param(jnp.float16, marks=tiny.AGAIN)]
 )
 def test_sixteen_bits_to_their_rounding(dtype):
   """Both forms are as far from float32 as the dtype is."""
@@ -251,7 +251,9 @@ def test_32k_tokens_without_an_l_x_l_array():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('remat', ['none', 'block'])
+@pytest.mark.parametrize(
+  'remat', [pytest.param('none', marks=pytest.mark.exhaustive), 'block']
+)
 def test_twice_the_tokens_take_twice_the_memory(remat):
   memory, less = (
     compiled_gradient(n, remat).memory_analysis().temp_size_in_bytes
@@ -341,8 +343,8 @@ def test_nothing_of_it_travels(sizes):
   'remat',
   [
     'block',
-    pytest.param('none', marks=pytest.mark.slow),
-    pytest.param('dots', marks=pytest.mark.slow),
+    pytest.param('none', marks=tiny.AGAIN),
+    pytest.param('dots', marks=tiny.AGAIN),
     pytest.param('offload', marks=pytest.mark.slow),
   ],
 )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+import tiny
 from golden import cases, ours, weights
 
 from qdora_jax import QuantSpec, load_pretrained, save_adapter
@@ -63,7 +64,7 @@ def test_logits_of_a_double_quantized_model(folders):
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in PLAIN))
+    pytest.param(name, marks=() if name in PLAIN else tiny.AGAIN)
     for name in cases.CURVES
   ],
 )

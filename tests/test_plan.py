@@ -1,6 +1,7 @@
 """Plans: exact trees, the compiler's count, published figures, bad input."""
 
 import dataclasses
+import itertools
 import re
 import runpy
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import (
   AdapterSpec,
@@ -96,25 +98,33 @@ def compiled_memory(job: Job):
 PLAIN = [('lora', 'dots', 'long'), ('dora', 'block', 'longer')]
 # Every method and policy; every shape for two of them.
 SLOW = [
-  *((method, 'block', 'wide') for method in METHODS),
-  *((method, 'none', 'long') for method in METHODS),
-  *(('qdora', remat, 'words') for remat in ('none', 'dots', 'block')),
+  ('full', 'block', 'wide'),
+  ('lora', 'none', 'long'),
   ('full', 'dots', 'words'),
-  ('dora', 'dots', 'wide'),
   ('qdora', 'offload', 'long'),
+  ('lora', 'dots', 'longer'),
+  ('qdora', 'block', 'narrow'),
+]
+EXHAUSTIVE = [
+  *((method, 'block', 'wide') for method in METHODS if method != 'full'),
+  *((method, 'none', 'long') for method in METHODS if method != 'lora'),
+  *(('qdora', remat, 'words') for remat in ('none', 'dots', 'block')),
+  ('dora', 'dots', 'wide'),
   *((method, 'block', 'longer') for method in ('full', 'lora', 'qdora')),
   ('full', 'dots', 'longer'),
   ('full', 'none', 'longer'),
-  ('lora', 'dots', 'longer'),
   ('qdora', 'none', 'longer'),
   ('dora', 'block', 'narrow'),
-  ('qdora', 'block', 'narrow'),
 ]
 
 
 @pytest.mark.parametrize(
   ('method', 'remat', 'shape'),
-  PLAIN + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
+  [
+    *PLAIN,
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+    *(pytest.param(*case, marks=tiny.AGAIN) for case in EXHAUSTIVE),
+  ],
 )
 def test_within_a_tenth_of_the_compiler(method, remat, shape):
   job = job_of(method, remat, shape)
@@ -141,9 +151,20 @@ def test_within_a_tenth_of_the_compiler(method, remat, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('shape', ['wide', 'long'])
-@pytest.mark.parametrize('remat', ['block', 'dots', 'none'])
-@pytest.mark.parametrize('method', ['lora', 'qdora'])
+@pytest.mark.parametrize(
+  ('method', 'remat', 'shape'),
+  [
+    ('lora', 'block', 'wide'),
+    ('qdora', 'none', 'long'),
+    *(
+      pytest.param(*case, marks=pytest.mark.exhaustive)
+      for case in itertools.product(
+        ('lora', 'qdora'), ('block', 'dots', 'none'), ('long', 'wide')
+      )
+      if case not in (('lora', 'block', 'wide'), ('qdora', 'none', 'long'))
+    ),
+  ],
+)
 def test_dropout(method, remat, shape):
   adapter = dataclasses.replace(METHODS[method][1], dropout=0.05)
   job = job_of(method, remat, shape, adapter=adapter)
@@ -153,7 +174,9 @@ def test_dropout(method, remat, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['full', 'qdora'])
+@pytest.mark.parametrize(
+  'method', [pytest.param('full', marks=pytest.mark.exhaustive), 'qdora']
+)
 def test_microbatches(method):
   job = job_of(method, 'block', 'wide', batch=4, microbatches=2)
   memory = compiled_memory(job)
@@ -192,7 +215,10 @@ def test_a_device_s_share_is_what_lies_on_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['qdora', 'lora', 'full'])
+@pytest.mark.parametrize(
+  'method',
+  ['qdora', pytest.param('lora', marks=pytest.mark.exhaustive), 'full'],
+)
 def test_what_is_moved_is_what_the_compiled_program_moves(method):
   """On eight devices, by experiments/benchmarks/traffic.py's count."""
   listing = tiny.script('benchmarks/traffic.py')

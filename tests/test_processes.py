@@ -132,7 +132,9 @@ def test_under_nohup_a_called_command_ends_by_itself(hang_up):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['none', 'dora'])
+@pytest.mark.parametrize(
+  'method', [pytest.param('none', marks=pytest.mark.exhaustive), 'dora']
+)
 def test_eight_devices_of_two_processes_are_eight_of_one(tmp_path, method):
   """Sharded over both, evaluated and generated from while training.
 
@@ -342,7 +344,9 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(command, whole):
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize('lost', [0, 1])
+@pytest.mark.parametrize(
+  'lost', [0, pytest.param(1, marks=pytest.mark.exhaustive)]
+)
 def test_machines_of_a_cluster_tell_of_one_that_is_lost(command, lost):
   """Each with a command of its own, as on two machines."""
   (place,) = {place.coordinator for place in processes.local(2)}

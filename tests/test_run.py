@@ -116,9 +116,9 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 
 METHODS = [
   ('none', 'none'),
-  pytest.param('none', 'lora', marks=pytest.mark.slow),
-  pytest.param('none', 'dora', marks=pytest.mark.slow),
-  pytest.param('nf4', 'lora', marks=pytest.mark.slow),
+  pytest.param('none', 'lora', marks=tiny.AGAIN),
+  pytest.param('none', 'dora', marks=tiny.AGAIN),
+  pytest.param('nf4', 'lora', marks=tiny.AGAIN),
   ('nf4', 'dora'),
   pytest.param('nf4', 'magnitude', marks=pytest.mark.slow),
 ]
@@ -364,7 +364,9 @@ def test_norms_and_head_train_beside_an_adapter(train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('microbatches', [1, 2])
+@pytest.mark.parametrize(
+  'microbatches', [pytest.param(1, marks=pytest.mark.exhaustive), 2]
+)
 def test_a_run_on_eight_devices_is_one_on_one(train, tmp_path, microbatches):
   options = {
     'train.steps': 2,

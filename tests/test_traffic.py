@@ -43,10 +43,10 @@ def stacks(base):
   [
     ('dora', True, 'block', (1, 8, 1)),
     ('lora', False, 'none', (2, 4, 1)),
-    pytest.param('dora', False, 'dots', (1, 4, 2), marks=pytest.mark.slow),
+    pytest.param('dora', False, 'dots', (1, 4, 2), marks=tiny.AGAIN),
     pytest.param('dora', True, 'offload', (1, 8, 1), marks=pytest.mark.slow),
     pytest.param('lora', True, 'block', (1, 2, 4), marks=pytest.mark.slow),
-    pytest.param('dora', False, 'none', (1, 8, 1), marks=pytest.mark.slow),
+    pytest.param('dora', False, 'none', (1, 8, 1), marks=tiny.AGAIN),
   ],
 )
 def test_kernels_travel_packed_inside_the_scan(method, double, remat, sizes):

@@ -124,7 +124,7 @@ def test_a_step_learns_moves_the_trained_tree_alone_and_traces_once(
   [
     ('none', 'none'),
     ('nf4', 'dora'),
-    pytest.param('nf4', 'lora', marks=pytest.mark.slow),
+    pytest.param('nf4', 'lora', marks=tiny.AGAIN),
     pytest.param('none', 'magnitude', marks=pytest.mark.slow),
   ],
 )
@@ -160,7 +160,7 @@ def test_one_batch_of_eight_is_four_of_two(quant, method):
   [
     ('none', 'none', 1),
     ('nf4', 'dora', 2),
-    pytest.param('none', 'none', 2, marks=pytest.mark.slow),
+    pytest.param('none', 'none', 2, marks=tiny.AGAIN),
     pytest.param('nf4', 'dora', 1, marks=pytest.mark.slow),
   ],
 )

@@ -192,6 +192,10 @@ def assert_same(got: Any, want: Any) -> None:
     np.testing.assert_array_equal(a, b)
 
 
+# Marks of what other tests show already, of another size, family or mesh.
+AGAIN = (pytest.mark.slow, pytest.mark.exhaustive)
+
+
 def relative(got: Any, want: Any) -> float:
   """Largest difference over the largest wanted number."""
   got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)

@@ -50,7 +50,7 @@ def get_config(form: str = '') -> ml_collections.ConfigDict:
     config.train.steps = 4
     config.optim.lr = 1e-3
     config.eval.exact_match = False
-    config.eval.max_new_tokens = 64
+    config.eval.max_new_tokens = 16
     config.eval.benchmarks = {f'gsm8k:{DATA}/test.jsonl': 2}
   elif form == 'llama3-8b':
     config.model.name = 'meta-llama/Meta-Llama-3-8B'

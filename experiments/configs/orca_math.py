@@ -67,7 +67,7 @@ def get_config(form: str = '') -> ml_collections.ConfigDict:
     config.train.microbatches = 1
     config.train.steps = 4
     config.optim.lr = 1e-3
-    config.eval.max_new_tokens = 32
+    config.eval.max_new_tokens = 16
     config.eval.shots = 0
   elif form in MODELS:
     config.model.name = MODELS[form]
