@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from qdora_jax import chat, likelihood, nlg, rows, tasks
-from qdora_jax.evaluate import answers, wilson
-from qdora_jax.nlg import Measure
+from qdora_jax.evaluate import answers
+from qdora_jax.intervals import Measure, bootstrap, wilson
 from qdora_jax.prompts import Format
 from qdora_jax.rows import Row
 from qdora_jax.run import Run
@@ -234,7 +234,7 @@ def _by_perplexity(
     'perplexity by word': lambda at: some(at).by_word,
     'bits by byte': lambda at: some(at).bits_by_byte,
   }
-  measures = {name: nlg.bootstrap(f, len(nats)) for name, f in ways.items()}
+  measures = {name: bootstrap(f, len(nats)) for name, f in ways.items()}
   return {
     'total': len(nats),
     'measures': measures,
@@ -290,7 +290,7 @@ def _nats(subject, found, batch_size) -> dict[str, Measure]:
   )
   nats = np.array([-one.nats for one in scored])
   tokens = np.array([one.tokens for one in scored])
-  loss = nlg.bootstrap(lambda n: nats[n].sum() / tokens[n].sum(), len(nats))
+  loss = bootstrap(lambda n: nats[n].sum() / tokens[n].sum(), len(nats))
   return {'nats by token': loss}
 
 

@@ -1,7 +1,6 @@
 """Held-out loss, and exact match with confidence intervals."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,9 +11,9 @@ import numpy as np
 from qdora_jax.chat import CHAT, Format, question_ids
 from qdora_jax.data import Batch
 from qdora_jax.generate import generate
+from qdora_jax.intervals import Measure, bootstrap, wilson
 from qdora_jax.loss import summed_loss
 from qdora_jax.model import Decoder
-from qdora_jax.nlg import Measure, bootstrap
 from qdora_jax.rows import Row
 
 
@@ -61,17 +60,6 @@ class Score:
         text += '({:.4f} to {:.4f}) '.format(*self.loss_interval)
       parts.append(f'{text}nats a token')
     return '; '.join(parts)
-
-
-def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-  """Wilson's score interval of a proportion, 95% by default (Wilson 1927)."""
-  if not total:
-    return 0.0, 1.0
-  p = right / total
-  middle = (p + z**2 / (2 * total)) / (1 + z**2 / total)
-  spread = math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
-  spread *= z / (1 + z**2 / total)
-  return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
 def exact_match(

@@ -17,9 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import scipy.stats
-
 from qdora_jax import folder, paths
+from qdora_jax.intervals import Mean
 from qdora_jax.metrics import read_log
 from qdora_jax.report import markdown_table, save_figure
 from qdora_jax.sweep import ALONE, LABEL, SEED, Point, Sweep, done, name_of
@@ -43,32 +42,6 @@ def results(workdir: Path) -> dict[str, float]:
   if (workdir / ALONE).exists():
     found['peak GB'] = summary['peak_memory_bytes'] / 1e9
   return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Mean:
-  """A mean over seeds, with half of its 95% interval.
-
-  None of one seed, and where one of them is not finite.
-  """
-
-  value: float
-  half: float | None
-  count: int
-
-  @classmethod
-  def of(cls, values: Sequence[float]) -> 'Mean':
-    value, n = statistics.fmean(values), len(values)
-    if n < 2 or not math.isfinite(value):
-      return cls(value, None, n)
-    t = scipy.stats.t.ppf(0.975, n - 1)
-    return cls(value, t * statistics.stdev(values) / math.sqrt(n), n)
-
-  def __str__(self) -> str:
-    if self.value.is_integer() and not self.half:
-      return f'{int(self.value):,}'
-    text = f'{self.value:.4g}'
-    return text if self.half is None else f'{text} ± {self.half:.2g}'
 
 
 @dataclasses.dataclass(frozen=True)

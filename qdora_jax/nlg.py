@@ -9,55 +9,15 @@ challenge's own script tokenizes otherwise: its figures are near these, and not
 equal to them.
 """
 
-import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from qdora_jax.intervals import Measure, bootstrap
+
 RESAMPLES = 300
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-  """A figure with its 95% interval, None where there is but one to see."""
-
-  value: float
-  low: float | None
-  high: float | None
-
-  def __str__(self) -> str:
-    if self.low is None:
-      return f'{self.value:.4g} (of one: no interval)'
-    digits = 4 if abs(self.value) < 1 else 3 if abs(self.value) < 10 else 2
-    return (
-      f'{self.value:.{digits}f} ({self.low:.{digits}f} to '
-      f'{self.high:.{digits}f})'
-    )
-
-
-def bootstrap(
-  statistic: Callable[[np.ndarray], float],
-  count: int,
-  seed: int = 0,
-  resamples: int = 1000,
-) -> Measure:
-  """A statistic with its interval by resampling (Efron's percentiles).
-
-  Args:
-    statistic: of the examples of some indices, int [count].
-    count: of examples.
-    seed: of the draws.
-    resamples: how many are drawn.
-  """
-  whole = float(statistic(np.arange(count)))
-  if count < 2:
-    return Measure(whole, None, None)
-  draw = np.random.default_rng(seed)
-  drawn = [statistic(draw.integers(0, count, count)) for _ in range(resamples)]
-  low, high = np.percentile(drawn, [2.5, 97.5])
-  return Measure(whole, float(low), float(high))
 
 
 def check() -> None:

@@ -21,14 +21,13 @@ from qdora_jax import (
   analysis,
   folder,
   likelihood,
-  nlg,
   paths,
   pictures,
   rows,
   runs,
 )
 from qdora_jax.analysis import Change, Format
-from qdora_jax.findings import Mean
+from qdora_jax.intervals import Mean, bootstrap
 from qdora_jax.linear import materialize
 from qdora_jax.pretrained import load_pretrained
 from qdora_jax.report import markdown_table
@@ -257,7 +256,7 @@ def _against(
   """Perplexity, and its ratio with an interval by resampling windows."""
   more = np.array(after.nats) - np.array(before.nats)
   tokens = np.array(after.tokens)
-  ratio = nlg.bootstrap(
+  ratio = bootstrap(
     lambda at: math.exp(more[at].sum() / tokens[at].sum()), len(tokens)
   )
   return f'{after.by_token:.4g}', str(ratio)

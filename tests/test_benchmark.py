@@ -10,7 +10,7 @@ from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import benchmark, chat, cli, fastchat, finetune, folder, nlg
 from qdora_jax.benchmark import Subject
-from qdora_jax.evaluate import wilson
+from qdora_jax.intervals import Measure, bootstrap, wilson
 from qdora_jax.prompts import Format
 
 PLAIN = Format('plain')
@@ -176,12 +176,12 @@ def test_choices_and_perplexity(tmp_path):
 
 def test_a_bootstrap_is_the_normal_interval_of_a_mean():
   values = np.random.default_rng(0).normal(3, 2, 400)
-  got = nlg.bootstrap(lambda at: values[at].mean(), 400)
+  got = bootstrap(lambda at: values[at].mean(), 400)
   half = 1.96 * values.std() / 20
   assert got.value == pytest.approx(values.mean())
   assert got.high - got.low == pytest.approx(2 * half, rel=0.15)
-  assert str(nlg.Measure(0.12345, 0.1, 0.2)) == '0.1235 (0.1000 to 0.2000)'
-  alone = nlg.bootstrap(lambda at: values[at].mean(), 1)
+  assert str(Measure(0.12345, 0.1, 0.2)) == '0.1235 (0.1000 to 0.2000)'
+  alone = bootstrap(lambda at: values[at].mean(), 1)
   assert str(alone) == f'{values[0]:.4g} (of one: no interval)'
 
 

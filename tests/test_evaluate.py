@@ -7,7 +7,8 @@ import tiny
 from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import chat, data, evaluate
-from qdora_jax.evaluate import Score, wilson
+from qdora_jax.evaluate import Score
+from qdora_jax.intervals import wilson
 from qdora_jax.rows import Row
 
 

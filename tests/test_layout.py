@@ -18,7 +18,7 @@ FLOORS = {
   4: ('cli_run', 'cli_many', 'cli'),
 }
 FLOORS[2] += ('placement', 'sight', 'flash')
-FLOORS[3] += ('loss', 'train', 'generate', 'evaluate', 'report')
+FLOORS[3] += ('loss', 'train', 'intervals', 'generate', 'evaluate', 'report')
 FLOORS[3] += (
   'config_file',
   'tasks',

@@ -24,8 +24,8 @@ from qdora_jax import (
   run,
 )
 from qdora_jax.evaluate import Score
+from qdora_jax.intervals import Measure
 from qdora_jax.metrics import Progress, read_log
-from qdora_jax.nlg import Measure
 
 ONE = r'.*/q/kernel'
 

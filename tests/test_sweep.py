@@ -12,7 +12,8 @@ import tiny
 from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import cli, config_file, findings, sweep
-from qdora_jax.findings import Group, Mean
+from qdora_jax.findings import Group
+from qdora_jax.intervals import Mean
 from qdora_jax.sweep import Sweep, grid, product, zipped
 
 SWEEP = """
