@@ -21,7 +21,7 @@ from qdora_jax.prompts import Format
 from qdora_jax.rows import Row
 from qdora_jax.run import Run
 
-By = Literal['answers', 'likelihood', 'perplexity']
+By = Literal['answers', 'likelihood', 'perplexity', 'lm_eval']
 
 
 @dataclasses.dataclass(frozen=True)

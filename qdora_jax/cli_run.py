@@ -112,7 +112,7 @@ def evaluate(argv: list[str]) -> None:
 
 
 def _benchmark(run: Any, source: str, known: argparse.Namespace) -> None:
-  from qdora_jax import benchmark, folder
+  from qdora_jax import benchmark
 
   result = benchmark.of_run(
     run,
@@ -129,6 +129,12 @@ def _benchmark(run: Any, source: str, known: argparse.Namespace) -> None:
   # First what took long: the folder may be one that cannot be written.
   print(result)
   _show(result.samples)
+  _keep(result, known)
+
+
+def _keep(result: Any, known: argparse.Namespace) -> None:
+  from qdora_jax import folder
+
   model = 'base' if known.base else str(known.checkpoint)
   values = {'model': model, **dataclasses.asdict(result)}
   try:
@@ -154,6 +160,8 @@ def _harness(run: Any, known: argparse.Namespace) -> None:
     include_path=known.include_path,
   )
   print(make_table(found))
+  for result in harness.results(found):
+    _keep(result, known)
 
 
 def _show(samples: Sequence[Sequence[str]]) -> None:

@@ -34,7 +34,7 @@ def results(workdir: Path) -> dict[str, float]:
   ]
   last = losses[-max(1, len(losses) // 10) :] or [math.nan]
   found = {'training loss': statistics.fmean(last)}
-  found |= folder.figures(workdir)
+  found |= {k: m.value for k, m in folder.figures(workdir).items()}
   frozen = sum(n for k, n in summary['bytes'].items() if k != 'trained')
   found['frozen MB'] = frozen / 1e6
   found['trained parameters'] = summary['trained_parameters']

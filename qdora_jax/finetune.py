@@ -83,8 +83,8 @@ def fine_tune(config: RunConfig, workdir: str | Path) -> dict[str, Score]:
         folder.save_scores(workdir, scores)
       if config.eval.benchmarks:
         _benchmark(run)
-      step = {'step': config.train.steps}
-      followers.write({**step, **folder.figures(workdir)})
+      last = {k: m.value for k, m in folder.figures(workdir).items()}
+      followers.write({'step': config.train.steps, **last})
     if run.base:
       _export(run)
     if not processes.first():

@@ -30,6 +30,7 @@ from qdora_jax import processes
 from qdora_jax.config import RunConfig
 from qdora_jax.evaluate import Score
 from qdora_jax.interop.hf import read_json
+from qdora_jax.intervals import Measure
 
 # What the trained model's score is called in scores.json.
 AFTER = 'fine-tuned'
@@ -193,20 +194,22 @@ def add_benchmark(workdir: Path, values: Mapping[str, Any]) -> None:
     write(workdir / 'benchmarks.json', [*others, dict(values)])
 
 
-def figures(workdir: Path) -> dict[str, float]:
+def figures(workdir: Path) -> dict[str, Measure]:
   """How the trained model did: on what was held out, and on benchmarks."""
   found = {}
   path = workdir / 'scores.json'
   scores = load_scores(path) if path.exists() else {}
-  if AFTER in scores and scores[AFTER].loss is not None:
-    found['held-out loss'] = scores[AFTER].loss
-  if AFTER in scores and scores[AFTER].total:
-    found['exact match'] = scores[AFTER].mean
+  after = scores[AFTER] if AFTER in scores else None
+  if after and after.loss is not None:
+    low, high = after.loss_interval or (None, None)
+    found['held-out loss'] = Measure(after.loss, low, high)
+  if after and after.total:
+    found['exact match'] = Measure(after.mean, *after.interval)
   for entry in benchmarks(workdir):
     if entry['model'] == 'last':
       task = Path(entry['source'].partition(':')[0]).name
       for name, measure in entry['measures'].items():
-        found[f'{task} {name}'] = measure['value']
+        found[f'{task} {name}'] = Measure(**measure)
   return found
 
 

@@ -5,13 +5,16 @@ model class for who calls lm_eval otherwise. Texts become tokens, and stop
 strings end answers, as with the harness's own Hugging Face model.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from qdora_jax import likelihood
+from qdora_jax.benchmark import Result
 from qdora_jax.generate import generate_text
+from qdora_jax.intervals import Measure, Z
 
 try:
   from lm_eval import simple_evaluate, utils
@@ -188,3 +191,27 @@ def harness(
     task_manager=manager,
     bootstrap_iters=1000,
   )
+
+
+def results(found: dict[str, Any]) -> list[Result]:
+  """The harness's results in our form, one for each task.
+
+  Intervals are of 1.96 of its standard errors; where it has none, as of a
+  perplexity, there is none.
+  """
+  kept = []
+  for task, counts in found['n-samples'].items():
+    figures, measures = found['results'][task], {}
+    for key, value in figures.items():
+      metric, _, filtered = key.partition(',')
+      if not filtered or metric.endswith('_stderr'):
+        continue
+      name = metric if filtered == 'none' else f'{metric} ({filtered})'
+      error = figures[f'{metric}_stderr,{filtered}']
+      low = high = None
+      if isinstance(error, float) and math.isfinite(error):
+        low, high = value - Z * error, value + Z * error
+      measures[name] = Measure(value, low, high)
+    total, available = counts['effective'], counts['original']
+    kept.append(Result(task, 'lm_eval', total, available, measures))
+  return kept

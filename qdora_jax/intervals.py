@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import scipy.special
 
+# Standard errors to either side of the normal distribution's 95%.
+Z = 1.959964
+
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-  """A figure with its 95% interval, None where there is but one to see."""
+  """A figure with its 95% interval, None where none is known, as of one row."""
 
   value: float
   low: float | None
@@ -19,7 +22,7 @@ class Measure:
 
   def __str__(self) -> str:
     if self.low is None:
-      return f'{self.value:.4g} (of one: no interval)'
+      return f'{self.value:.4g} (no interval)'
     digits = 4 if abs(self.value) < 1 else 3 if abs(self.value) < 10 else 2
     return (
       f'{self.value:.{digits}f} ({self.low:.{digits}f} to '
@@ -50,7 +53,7 @@ def bootstrap(
   return Measure(whole, float(low), float(high))
 
 
-def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(right: int, total: int, z: float = Z) -> tuple[float, float]:
   """Wilson's score interval of a proportion, 95% by default (Wilson 1927)."""
   if not total:
     return 0.0, 1.0

@@ -159,15 +159,13 @@ def _figures(run: Seen) -> dict[str, str]:
     figures['held-out loss'] = f'{held[-1]:.4f}'
   # Of several benchmarks the first figure of each.
   tasks = set()
-  for name, value in folder.figures(run.workdir).items():
-    task, _, measure = name.partition(' ')
-    if name == 'held-out loss':
-      figures[name] = f'{value:.4f}'
-    elif name == 'exact match':
-      figures[name] = f'{value:.1%}'
+  for name, measure in folder.figures(run.workdir).items():
+    task, _, what = name.partition(' ')
+    if name in ('held-out loss', 'exact match'):
+      figures[name] = str(measure)
     elif task not in tasks:
       tasks.add(task)
-      figures[f'{task}: {measure}'] = f'{value:.4g}'
+      figures[f'{task}: {what}'] = str(measure)
   path = run.workdir / 'summary.json'
   if path.exists():
     summary = json.loads(path.read_text())

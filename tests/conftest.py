@@ -25,16 +25,17 @@ import pytest
 gc.set_threshold(100_000, 50, 100)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # What one test has compiled the next ones read, also those of other workers,
-# and of the next `pytest` where QDORA_TESTS_COMPILED names a folder. JAX writes
-# into one of this process alone: what another is writing cannot be read.
-compiled = Path(tempfile.mkdtemp(prefix='qdora-compiled-'))
-atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+# and of the next `pytest` where QDORA_TESTS_COMPILED names a folder to keep.
 if 'QDORA_TESTS_COMPILED' not in os.environ:
   # By whoever is first, and starts the workers.
-  os.environ['QDORA_TESTS_COMPILED'] = tempfile.mkdtemp(prefix='qdora-shared-')
-  atexit.register(
-    shutil.rmtree, os.environ['QDORA_TESTS_COMPILED'], ignore_errors=True
-  )
+  made = tempfile.mkdtemp(prefix='qdora-compiled-')
+  os.environ['QDORA_TESTS_COMPILED'] = made
+  atexit.register(shutil.rmtree, made, ignore_errors=True)
+shared = Path(os.environ['QDORA_TESTS_COMPILED'])
+shared.mkdir(parents=True, exist_ok=True)
+# Its own, in which JAX writes: what another is writing cannot be read.
+compiled = Path(tempfile.mkdtemp(prefix='process-', dir=shared))
+atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 jax.config.update('jax_compilation_cache_dir', str(compiled))
 # Their folder would be part of every program's name.
 jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
@@ -46,8 +47,6 @@ jax.config.update('jax_enable_compilation_cache', True)
 @pytest.fixture(scope='module', autouse=True)
 def programs_are_shared():
   """Of each module, before and after it."""
-  shared = Path(os.environ['QDORA_TESTS_COMPILED'])
-  shared.mkdir(parents=True, exist_ok=True)
   take(shared, compiled)
   yield
   take(compiled, shared)
@@ -56,5 +55,6 @@ def programs_are_shared():
 def take(there: Path, here: Path):
   """Links what is there and not here: at once whole, or not at all."""
   for name in sorted({*os.listdir(there)} - {*os.listdir(here)}):
-    with contextlib.suppress(FileExistsError):
-      os.link(there / name, here / name)
+    if name.endswith('-cache'):
+      with contextlib.suppress(FileExistsError):
+        os.link(there / name, here / name)

@@ -182,7 +182,7 @@ def test_a_bootstrap_is_the_normal_interval_of_a_mean():
   assert got.high - got.low == pytest.approx(2 * half, rel=0.15)
   assert str(Measure(0.12345, 0.1, 0.2)) == '0.1235 (0.1000 to 0.2000)'
   alone = bootstrap(lambda at: values[at].mean(), 1)
-  assert str(alone) == f'{values[0]:.4g} (of one: no interval)'
+  assert str(alone) == f'{values[0]:.4g} (no interval)'
 
 
 def test_answers_in_fastchats_form(tmp_path):

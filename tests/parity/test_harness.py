@@ -4,6 +4,7 @@ And tokens are drawn among those transformers would draw among.
 """
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +150,18 @@ def test_by_command_with_and_without_the_adapter(folder, monkeypatch, capsys):
     assert cli.main([*words, *more]) == 0
     out = capsys.readouterr().out
     assert '|ours_choice|' in out and '|acc ' in out
+  # With what its table says, kept and listed.
+  last, base = json.loads((folder / 'run' / 'benchmarks.json').read_text())
+  assert (last['model'], base['model']) == ('last', 'base')
+  assert (last['total'], last['available']) == (2, 12)
+  figures = r'\|acc *\|↑ *\| *([\d.]+)\|± *\| *([\d.]+)\|'
+  value, error = re.search(figures, out).groups()
+  acc = base['measures']['acc']
+  assert acc['value'] == pytest.approx(float(value), abs=1e-4)
+  half = (acc['high'] - acc['low']) / 2
+  assert half == pytest.approx(1.96 * float(error), abs=1e-3)
+  assert cli.main(['runs', str(folder / 'run')]) == 0
+  assert 'ours_choice: acc' in capsys.readouterr().out
 
 
 def test_quantized_bases_are_measured_too(folder, monkeypatch):
