@@ -13,7 +13,7 @@ from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import cli, config_file, findings, sweep
 from qdora_jax.findings import Group
-from qdora_jax.intervals import Mean
+from qdora_jax.intervals import Mean, Measure, wilson
 from qdora_jax.sweep import Sweep, grid, product, zipped
 
 SWEEP = """
@@ -311,6 +311,9 @@ def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
   assert cli.main(['runs', str(out)]) == 0
   listed = capsys.readouterr().out
   assert listed.count(' done ') == 4
+  for score in scores:
+    right, total = (score['fine-tuned'][k] for k in ('right', 'total'))
+    assert str(Measure(right / total, *wilson(right, total))) in listed
   words = ['runs', str(out), '--compare', '--out', str(tmp_path / 'c.png')]
   assert cli.main(words) == 0
   head, *_ = capsys.readouterr().out.splitlines()[-6:]
