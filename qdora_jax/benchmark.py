@@ -21,7 +21,7 @@ from qdora_jax.prompts import Format
 from qdora_jax.rows import Row
 from qdora_jax.run import Run
 
-By = Literal['answers', 'likelihood', 'perplexity', 'lm_eval']
+By = Literal['answers', 'likelihood', 'perplexity']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Result:
 
   Attributes:
     source: as it was asked for.
-    by: how it was measured.
+    by: how it was measured; 'lm_eval': by its harness.
     total: rows scored (windows of perplexity); available: rows there are.
     measures: figures by name.
     samples: (question, answer given, answer expected) of the first few.
@@ -39,7 +39,7 @@ class Result:
   """
 
   source: str
-  by: By
+  by: By | Literal['lm_eval']
   total: int
   available: int
   measures: dict[str, Measure]
