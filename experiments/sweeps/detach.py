@@ -5,9 +5,9 @@
 12 runs of SmolLM2-135M on E2E data to text: the norm from a dense weight and by
 the factored form, each held constant and not; three seeds at one learning rate,
 no remat. Measured is the loss on inputs of the valid split, and the peak memory
-of each run's own process (--isolate). Some half an hour on two CPU cores, by
-rank.py's two minutes a run; not yet run.
-`experiments/benchmarks/detach.py` reads the memory off compiled programs.
+of each run's own process (--isolate). Forty minutes on two CPU cores, partly
+beside tests. `experiments/benchmarks/detach.py` reads the memory off compiled
+programs.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped
