@@ -145,13 +145,16 @@ def test_by_command_with_and_without_the_adapter(folder, monkeypatch, capsys):
   finetune.fine_tune(config, folder / 'run')
   capsys.readouterr()
   words = ['evaluate', '--workdir', str(folder / 'run'), '--limit', '2']
-  words += ['--harness', 'ours_choice', '--include-path', str(folder / 'tasks')]
+  names = 'ours_choice,ours_text'
+  words += ['--harness', names, '--include-path', str(folder / 'tasks')]
   for more in ([], ['--base']):
     assert cli.main([*words, *more]) == 0
     out = capsys.readouterr().out
     assert '|ours_choice|' in out and '|acc ' in out
   # With what its table says, kept and listed.
-  last, base = json.loads((folder / 'run' / 'benchmarks.json').read_text())
+  kept = json.loads((folder / 'run' / 'benchmarks.json').read_text())
+  assert [entry['source'] for entry in kept] == 2 * names.split(',')
+  last, text, base, _ = kept
   assert (last['model'], base['model']) == ('last', 'base')
   assert (last['total'], last['available']) == (2, 12)
   figures = r'\|acc *\|↑ *\| *([\d.]+)\|± *\| *([\d.]+)\|'
@@ -160,6 +163,9 @@ def test_by_command_with_and_without_the_adapter(folder, monkeypatch, capsys):
   assert acc['value'] == pytest.approx(float(value), abs=1e-4)
   half = (acc['high'] - acc['low']) / 2
   assert half == pytest.approx(1.96 * float(error), abs=1e-3)
+  # Of a perplexity it gives no standard error.
+  words = text['measures']['word_perplexity']
+  assert words['value'] > 1 and words['low'] is words['high'] is None
   assert cli.main(['runs', str(folder / 'run')]) == 0
   assert 'ours_choice: acc' in capsys.readouterr().out
 
