@@ -35,6 +35,7 @@ it vectorizes on CPU, and XLA fuses it on GPU; what we trade is a hand-written
 product kernel. (One vector has a way of its own: `vector_product`.)
 """
 
+import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -221,6 +222,7 @@ def _compress(q: NF4Array) -> NF4Array:
   return q.replace(absmax=absmax, nested=nested, offset=offset)
 
 
+@functools.partial(jax.jit, inline=True)
 def absmax(q: NF4Array) -> jax.Array:
   """The scales of q's blocks, f32 [..., I/block_size, O], decompressed."""
   if q.nested is None:
@@ -235,6 +237,7 @@ def absmax(q: NF4Array) -> jax.Array:
   return jnp.minimum(units * nested, nested) + q.offset[..., None, None]
 
 
+@functools.partial(jax.jit, static_argnames='dtype', inline=True)
 def dequantize(q: NF4Array, dtype: jnp.dtype | None = None) -> jax.Array:
   """Levels times absmax in float32, then cast: the kernel [..., I, O].
 

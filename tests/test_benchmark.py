@@ -249,6 +249,7 @@ def test_a_second_turn_sees_the_first_answer(tmp_path, monkeypatch):
   ]
 
 
+@pytest.mark.slow
 def test_stop_strings_and_draws_by_command(workdir, capsys):
   words = ['generate', '--workdir', str(workdir), '--prompt', 'ab']
   words += ['--max-new-tokens', '40', '--temperature', '1.5', '--seed', '3']

@@ -160,7 +160,9 @@ def moved(mesh, method):
   return state
 
 
-@pytest.fixture(scope='module', params=['none', 'dora'])
+@pytest.fixture(
+  scope='module', params=[pytest.param('none', marks=pytest.mark.slow), 'dora']
+)
 def on_eight(request, tmp_path_factory):
   """(what was saved on eight devices, where)."""
   where = tmp_path_factory.mktemp('eight')

@@ -99,7 +99,10 @@ def moved(adapter):
   return jax.tree_util.tree_map_with_path(move, adapter)
 
 
-@pytest.mark.parametrize('method, quant', [('lora', False), ('dora', True)])
+@pytest.mark.parametrize(
+  'method, quant',
+  [pytest.param('lora', False, marks=pytest.mark.slow), ('dora', True)],
+)
 def test_merged_is_attached(vit, method, quant):
   model, params, images, layout = vit
   base = layout.kernels(params)

@@ -95,7 +95,7 @@ def test_value_and_gradients_are_the_plain_ones(name):
 
   want, grads = of(lambda m, p: plain_loss(m, p, batch))(trained)
   # Seven tokens a row at once, which do not divide 31; and all of them.
-  for size in (28, 124):
+  for size in (28, 124) if name in CASES[:2] else (28,):
     got, others = of(chunked(size))(trained)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     for a, b in zip(
@@ -171,8 +171,9 @@ def test_a_head_in_sixteen_bits_is_multiplied_in_them(tied):
   model, _, _ = tiny.loaded(tied=tied)
   config = dataclasses.replace(model.config, vocab=1111)
   model, batch = Decoder(config, jnp.bfloat16), batch_of(2, 16)
-  params = model.init(jax.random.key(0), batch['tokens'])['params']
-  params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+  made = jax.eval_shape(model.init, jax.random.key(0), batch['tokens'])
+  params = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.bfloat16), made)
+  params = params['params']
   adapter = init_adapter(jax.random.key(1), params, AdapterSpec('lora'))
 
   def loss(adapter, params):

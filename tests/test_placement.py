@@ -41,7 +41,9 @@ def test_a_base_is_the_same_on_every_mesh(tmp_path, stored, sizes):
   assert split >= 8
 
 
-@pytest.mark.parametrize('init', ['pissa', 'loftq'])
+@pytest.mark.parametrize(
+  'init', [pytest.param('pissa', marks=pytest.mark.slow), 'loftq']
+)
 def test_adapters_taken_out_of_the_weights_are_the_same_on_a_mesh(
   tmp_path, init
 ):

@@ -280,16 +280,13 @@ def test_when_one_is_killed_the_others_end_and_the_run_resumes(command, whole):
   """At its beginning, in a step, and while it saves; their parent, too."""
   draw = random.Random(0)
   workdir = command.folder / 'killed'
-  for when in ('start', 'step', 'save'):
-    for which in (0, 1):
-      code, _, err = stopped(
-        command, workdir, which, signal.SIGKILL, when, draw
-      )
-      assert code == 1
-      assert err == (
-        f'qdora: process {which} of 2 was ended by SIGKILL, and all have been '
-        'stopped; the same command continues\n'
-      )
+  for when, which in (('start', 1), ('step', 0), ('save', 0), ('save', 1)):
+    code, _, err = stopped(command, workdir, which, signal.SIGKILL, when, draw)
+    assert code == 1
+    assert err == (
+      f'qdora: process {which} of 2 was ended by SIGKILL, and all have been '
+      'stopped; the same command continues\n'
+    )
   assert not list(command.folder.glob('qdora-*'))
   code, _, _ = stopped(command, workdir, 'parent', signal.SIGKILL, 'step', draw)
   assert code == -signal.SIGKILL

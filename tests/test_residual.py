@@ -83,7 +83,12 @@ def test_loftq_makes_up_for_what_quantizing_loses(scale):
 
 
 @pytest.mark.parametrize(
-  'init, method', [('pissa', 'dora'), ('olora', 'lora'), ('loftq', 'dora')]
+  'init, method',
+  [
+    pytest.param('pissa', 'dora', marks=pytest.mark.slow),
+    ('olora', 'lora'),
+    ('loftq', 'dora'),
+  ],
 )
 def test_a_model_loaded_so_is_the_model(source, init, method):
   quant = QuantSpec(double_quant=False) if init == 'loftq' else None

@@ -115,7 +115,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 
 
 METHODS = [
-  ('none', 'none'),
+  pytest.param('none', 'none', marks=pytest.mark.slow),
   pytest.param('none', 'lora', marks=tiny.AGAIN),
   pytest.param('none', 'dora', marks=tiny.AGAIN),
   pytest.param('nf4', 'lora', marks=tiny.AGAIN),

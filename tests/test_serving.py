@@ -48,6 +48,7 @@ def test_each_row_goes_through_its_adapter(several):
     assert ours.relative(got[mine], other) > 1e-3
 
 
+@pytest.mark.slow
 def test_each_row_is_generated_by_its_adapter(several):
   model, base, adapters = several
   # As those of a chat template, they begin alike.

@@ -103,12 +103,9 @@ def on_one_device(method):
   return jax.jit(gradient())(*setup(method), batch_of())
 
 
-# Each axis by itself, and all of them; the rest is slow.
-QUICK = {
-  ('full', (1, 8, 1)),
-  ('lora', (1, 1, 8)),
-  ('qdora', (2, 2, 2)),
-}
+# All axes at once; each by itself, and others, are slow.
+QUICK = {('qdora', (2, 2, 2))}
+ALONE = {('full', (1, 8, 1)), ('lora', (1, 1, 8))}
 # Every mesh with two methods, and every method on four meshes.
 PAIRS = {
   (method, sizes)
@@ -121,6 +118,10 @@ PAIRS = {
 def marks_of(method, sizes):
   if (method, sizes) in QUICK:
     return ()
+  if (method, sizes) in ALONE:
+    return pytest.mark.slow
+  if sizes in {sizes for _, sizes in QUICK | ALONE}:
+    return tiny.AGAIN
   # Of each mesh's two methods one.
   first = list(METHODS).index(method) + SIZES.index(sizes)
   return tiny.AGAIN if first % len(METHODS) else pytest.mark.slow
@@ -128,7 +129,10 @@ def marks_of(method, sizes):
 
 @pytest.mark.parametrize(
   ('method', 'sizes'),
-  [pytest.param(m, s, marks=marks_of(m, s)) for m, s in sorted(PAIRS | QUICK)],
+  [
+    pytest.param(m, s, marks=marks_of(m, s))
+    for m, s in sorted(PAIRS | QUICK | ALONE)
+  ],
 )
 def test_sharded_equals_single_device(method, sizes):
   mesh = make_mesh(*sizes)

@@ -333,6 +333,7 @@ SHIPPED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('file', SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_sweep_can_be_built(file):
   """But for its data, which is not here; its docstring counts its runs."""

@@ -122,7 +122,7 @@ def test_a_step_learns_moves_the_trained_tree_alone_and_traces_once(
 @pytest.mark.parametrize(
   'quant, method',
   [
-    ('none', 'none'),
+    pytest.param('none', 'none', marks=pytest.mark.slow),
     ('nf4', 'dora'),
     pytest.param('nf4', 'lora', marks=tiny.AGAIN),
     pytest.param('none', 'magnitude', marks=pytest.mark.slow),
@@ -158,7 +158,7 @@ def test_one_batch_of_eight_is_four_of_two(quant, method):
 @pytest.mark.parametrize(
   'quant, method, microbatches',
   [
-    ('none', 'none', 1),
+    pytest.param('none', 'none', 1, marks=pytest.mark.slow),
     ('nf4', 'dora', 2),
     pytest.param('none', 'none', 2, marks=tiny.AGAIN),
     pytest.param('nf4', 'dora', 1, marks=pytest.mark.slow),
