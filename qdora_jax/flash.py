@@ -29,12 +29,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from qdora_jax.sight import Sight, cut
 
 # A score no query may see, and the largest one before any: exp(HIDDEN - LEAST)
 # is 0, so that a query that sees nothing gets 0, and gradients of 0.
 HIDDEN, LEAST = float(jnp.finfo(jnp.float32).min), -1e30
+# Name of the output and log-sum-exp, for rematerialization policies: who keeps
+# them makes the scores once less in the backward pass.
+ATTENDED = 'attended'
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -89,8 +93,9 @@ def _forward(q, k, v, sight, scale, softcap):
   one = y[..., :1]
   y, m, total = jax.lax.fori_loop(0, sight.count, step, (y, one + LEAST, one))
   total = jnp.where(total > 0, total, 1)
-  y = _join((y / total).astype(q.dtype), q.shape)
-  return y, (q, k, v, sight, y, m + jnp.log(total))
+  y = checkpoint_name(_join((y / total).astype(q.dtype), q.shape), ATTENDED)
+  logsumexp = checkpoint_name(m + jnp.log(total), ATTENDED)
+  return y, (q, k, v, sight, y, logsumexp)
 
 
 def _backward(scale, softcap, residuals, dy):

@@ -354,7 +354,9 @@ def logits(job: Job) -> int:
   the head, too, which is brought together for them."""
   c = job.model
   learned = job.learned or job.seq_len
-  chunk = min(job.rows * learned, max(loss.best_chunk(job.backend), job.rows))
+  together = job.rows * job.data * job.fsdp
+  most = loss.best_chunk(job.backend)
+  chunk = job.rows * -(-learned // loss.chunk_count(together, learned, most))
   vocab = -(-c.vocab // job.tensor)
   head = vocab * c.width * job.width if job.fsdp > 1 else 0
   return 2 * chunk * vocab * FLOAT + head

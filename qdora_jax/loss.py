@@ -67,19 +67,27 @@ def in_chunks(
   )
   hidden = jnp.take_along_axis(hidden, batch['loss_at'][..., None], axis=1)
   rows, learned = batch['labels'].shape
-  count = -(-learned // max(1, chunk // rows))
+  count = chunk_count(rows, learned, chunk)
   parts = (hidden, batch['labels'], batch['weights'])
   return jax.tree.map(lambda a: _chunks(a, count), parts)
+
+
+def chunk_count(rows: int, learned: int, chunk: int) -> int:
+  """Parts of `learned` tokens of each row, of at most `chunk` tokens together.
+
+  But for a token of each row, which is the least.
+  """
+  return -(-learned // max(1, chunk // rows))
 
 
 def best_chunk(backend: str) -> int:
   """Tokens whose logits should exist at once, on 'cpu' or another backend.
 
   A GPU's product with the head is efficient from a thousand. A CPU's is from
-  far fewer, and logits that are few stay in its cache: 256 and 512 were the
-  best of 128 to 1,024, see experiments/LOG.md.
+  far fewer, and logits that are few stay in its cache: of 128 to 1,024 the best
+  were 192 to 512, see experiments/LOG.md.
   """
-  return 256 if backend == 'cpu' else 1024
+  return 192 if backend == 'cpu' else 1024
 
 
 def _chunks(array_BxC: jax.Array, count: int) -> jax.Array:

@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 
 from qdora_jax.attention import Form, attention
 from qdora_jax.dora import NORM
+from qdora_jax.flash import ATTENDED
 from qdora_jax.linear import PRODUCT, linear, product
 from qdora_jax.lora import LOW
 from qdora_jax.rope import Rope, angles, rotate
@@ -47,7 +48,9 @@ _ACTIVATIONS = {
 # What the backward pass finds of a layer, beside its parameters.
 _BLOCK_INPUT = 'block_input'
 _POLICIES = {
-  'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT, LOW, NORM),
+  'dots': jax.checkpoint_policies.save_only_these_names(
+    PRODUCT, LOW, NORM, ATTENDED
+  ),
   'block': jax.checkpoint_policies.save_only_these_names(NORM),
   'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[NORM],
@@ -259,9 +262,9 @@ class Decoder(nn.Module):
     config: shapes and constants.
     dtype: compute dtype of activations and products; logits are float32.
     remat: what the backward pass finds of a layer: 'none' keeps everything,
-      'dots' the products with the base and with A, 'block' the layer's input
-      alone, 'offload' the same, waiting in the host's memory. DoRA's norms, a
-      number an output, are kept by all.
+      'dots' the products with the base and with A, and what attention in
+      chunks gives; 'block' the layer's input alone; 'offload' the same, waiting
+      in the host's memory. DoRA's norms, a number an output, are kept by all.
     mesh: activations are split over it by their rows; None leaves it to XLA.
     attention: its form; 'auto' takes the best for length, dtype and device.
   """
