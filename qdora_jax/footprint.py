@@ -350,16 +350,22 @@ def in_chunks(job: Job) -> bool:
 
 
 def logits(job: Job) -> int:
-  """Bytes of a chunk's logits and of their gradient, float32; over `fsdp` of
-  the head, too, which is brought together for them."""
+  """Bytes of a chunk's logits and of their gradient, float32.
+
+  Or of one of them and a chunk's part of a trained head's gradient, beside the
+  sum of such parts; over `fsdp` of the head, too, which is brought together.
+  """
   c = job.model
   learned = job.learned or job.seq_len
   together = job.rows * job.data * job.fsdp
   most = loss.best_chunk(job.backend)
-  chunk = job.rows * -(-learned // loss.chunk_count(together, learned, most))
+  count = loss.chunk_count(together, learned, most)
   vocab = -(-c.vocab // job.tensor)
+  one = job.rows * -(-learned // count) * vocab * FLOAT
+  name = 'embed/embedding' if c.tied else 'lm_head/kernel'
+  part = share(trees(job).trained, job).get(name, 0) if count > 1 else 0
   head = vocab * c.width * job.width if job.fsdp > 1 else 0
-  return 2 * chunk * vocab * FLOAT + head
+  return one + max(one, part) + head
 
 
 def serving(job: Job) -> dict[str, int]:
