@@ -342,9 +342,9 @@ def test_nothing_of_it_travels(sizes):
 @pytest.mark.parametrize(
   'remat',
   [
-    'block',
+    'dots',
     pytest.param('none', marks=tiny.AGAIN),
-    pytest.param('dots', marks=tiny.AGAIN),
+    pytest.param('block', marks=tiny.AGAIN),
     pytest.param('offload', marks=pytest.mark.slow),
   ],
 )
@@ -372,3 +372,20 @@ def test_a_model_learns_the_same_in_chunks(monkeypatch, remat):
     strict=True,
   ):
     assert tiny.relative(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize(
+  ('remat', 'loops'), [('none', 2), ('dots', 2), ('block', 3)]
+)
+def test_what_is_kept_is_not_made_again(remat, loops):
+  """Chunks are visited forward, backward, and where remat forgets them."""
+  model = Decoder(CONFIG, remat=remat, attention='flash')
+  tokens = jnp.zeros((1, 50), jnp.int32)
+  params = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+
+  def loss(params):
+    return jnp.sum(model.apply({'params': params}, tokens))
+
+  text = jax.jit(jax.grad(loss)).lower(params).as_text()
+  # Of the layers two: forward and backward.
+  assert text.count('stablehlo.while') == 2 + loops

@@ -20,6 +20,7 @@ from qdora_jax import (
   paths,
   quantize,
 )
+from qdora_jax.linear import per_layer
 from qdora_jax.transforms import unquantized
 
 WIDTH, FF, LAYERS = 64, 128, 3
@@ -107,6 +108,14 @@ def test_identity_at_init(stored, method):
   base = params(stored)
   adapter = init_adapter(jax.random.key(1), base, AdapterSpec(method))
   close(logits(attach(base, adapter, norms=norms(base))), logits(base), 1e-6)
+
+
+def test_what_is_asked_again_is_not_traced_again():
+  base = params('nf4 double')
+  norms(base)
+  before = per_layer._cache_size()
+  norms(base)
+  assert per_layer._cache_size() == before > 0
 
 
 @battery
