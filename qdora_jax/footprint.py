@@ -306,12 +306,16 @@ def workspace(job: Job) -> int:
   if in_chunks(job):
     heads = -(-c.heads // ways)
     rest += job.tokens * heads * c.head_dim * _CHUNKED * FLOAT
-  # Gate and up, multiplied with at about the same time.
-  dense = 2 * c.width * -(-c.ff // ways) * job.width
+  # Gate and up, multiplied with at about the same time; and their gradients,
+  # before each device has its own part.
+  kernel = c.width * -(-c.ff // ways)
+  dense = 2 * kernel * job.width
+  if not adapted and job.fsdp > 1:
+    dense += 2 * kernel * FLOAT
   unfactored = 0
   if dora and not job.adapter.factored and job.microbatches == 1:
     # W and V = W + s A B in float32, and V's square.
-    unfactored = 3 * c.width * -(-c.ff // ways) * FLOAT
+    unfactored = 3 * kernel * FLOAT
   feed_forward = wide + waiting * scores + dense + unfactored
   if adapted and job.adapter.dropout:
     rest += job.tokens * _inputs(job) * _DROPPED[method][remat]
@@ -353,19 +357,25 @@ def logits(job: Job) -> int:
   """Bytes of a chunk's logits and of their gradient, float32.
 
   Or of one of them and a chunk's part of a trained head's gradient, beside the
-  sum of such parts; over `fsdp` of the head, too, which is brought together.
+  sum of such parts. On a mesh the head is brought together over `fsdp`, and
+  that sum is of the whole head until devices' sums meet; those of a tied
+  embedding meet then, too.
   """
   c = job.model
   learned = job.learned or job.seq_len
-  together = job.rows * job.data * job.fsdp
-  most = loss.best_chunk(job.backend)
-  count = loss.chunk_count(together, learned, most)
+  count = loss.chunk_count(job.rows, learned, loss.best_chunk(job.backend))
   vocab = -(-c.vocab // job.tensor)
   one = job.rows * -(-learned // count) * vocab * FLOAT
-  name = 'embed/embedding' if c.tied else 'lm_head/kernel'
-  part = share(trees(job).trained, job).get(name, 0) if count > 1 else 0
   head = vocab * c.width * job.width if job.fsdp > 1 else 0
-  return one + max(one, part) + head
+  name = 'embed/embedding' if c.tied else 'lm_head/kernel'
+  own = share(trees(job).trained, job).get(name, 0)
+  if not own or job.data * job.fsdp == 1:
+    return one + max(one, own if count > 1 else 0) + head
+  whole = vocab * c.width * FLOAT
+  chunk = one + max(one, whole) + (whole if count > 1 else 0) + head
+  # A device's own part is copied before it is gathered.
+  chunk += own if job.fsdp > 1 else 0
+  return max(chunk, whole + 2 * own if c.tied else 0)
 
 
 def serving(job: Job) -> dict[str, int]:

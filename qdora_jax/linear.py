@@ -251,4 +251,8 @@ def _together(array: jax.Array, q: NF4Array) -> jax.Array:
   """
   if q.gathered is None or array.ndim != 2:
     return array
-  return jax.lax.with_sharding_constraint(array, q.gathered)
+  # Where a device has its own rows alone (`sharding.by_rows`), spec is of what
+  # is left of the mesh.
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  where = q.gathered.spec if manual else q.gathered
+  return jax.lax.with_sharding_constraint(array, where)

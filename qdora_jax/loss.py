@@ -10,7 +10,8 @@ there, the gradient of its hidden states,
 is made, too, and kept in their place: D numbers a token for V. (Recomputing
 the logits in the backward pass instead, as rematerialization would, costs the
 head's product once more.) What of the head is trained gets its gradient summed
-over the chunks; what is frozen gets none.
+over the chunks; what is frozen gets none. On a mesh each device sums up what
+its own rows give, and the devices' sums meet once, after the last chunk.
 """
 
 import functools
@@ -23,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from qdora_jax.data import Batch
 from qdora_jax.model import Decoder
-from qdora_jax.sharding import by_batch
+from qdora_jax.sharding import by_batch, by_rows, row_parts
 
 Tree = dict[str, Any]
 
@@ -40,9 +41,10 @@ def summed_loss(
     params: its tree, as `attach` gives it.
     batch: see `data`.
     chunk: tokens whose logits exist at once, over all devices; one of every row
-      at least. None: what the devices here are best at.
+      at least. None: what each of the devices here is best at.
   """
-  chunk = chunk or best_chunk(jax.default_backend())
+  parts = row_parts(len(batch['labels']), model.mesh)
+  chunk = chunk or parts * best_chunk(jax.default_backend())
   head = {k: params[k] for k in ('embed', 'lm_head') if k in params}
   if not model.config.tied:
     del head['embed']
@@ -81,7 +83,7 @@ def chunk_count(rows: int, learned: int, chunk: int) -> int:
 
 
 def best_chunk(backend: str) -> int:
-  """Tokens whose logits should exist at once, on 'cpu' or another backend.
+  """Tokens whose logits should exist at once on a 'cpu' or another device.
 
   A GPU's product with the head is efficient from a thousand. A CPU's is from
   far fewer, and logits that are few stay in its cache: of 128 to 1,024 the best
@@ -121,21 +123,33 @@ def _in_chunks(model, head, hidden_NxBxCxD, labels_NxBxC, weights_NxBxC):
 
 def _in_chunks_forward(model, head, hidden, labels, weights):
   leaves, tree = jax.tree.flatten(head)
-  values = [leaf.value for leaf in leaves]
   # Packed codes and a frozen head have no gradient to be made.
   moving = {n: v.value for n, v in enumerate(leaves) if v.perturbed}
+  fixed = {n: v.value for n, v in enumerate(leaves) if not v.perturbed}
+  apart = row_parts(hidden.value.shape[1], model.mesh) > 1
+  own = model.clone(mesh=None) if apart else model
 
-  def loss(moving, hidden, labels, weights):
-    mixed = [moving[n] if n in moving else v for n, v in enumerate(values)]
-    return _chunk_loss(model, tree.unflatten(mixed), hidden, labels, weights)
+  def loss(moving, fixed, *chunk):
+    mixed = moving | fixed
+    head = tree.unflatten([mixed[n] for n in range(len(leaves))])
+    return _chunk_loss(own, head, *chunk)
 
-  def add(sums, chunk):
-    value, (d_head, d_hidden) = jax.value_and_grad(loss, (0, 1))(moving, *chunk)
-    return jax.tree.map(jnp.add, sums, (value, d_head)), d_hidden
+  gradient = jax.value_and_grad(loss, (0, 2))
 
+  def summed(given, chunks):
+    zero, moving, fixed = given
+
+    def add(sums, chunk):
+      value, (d_head, d_hidden) = gradient(moving, fixed, *chunk)
+      return jax.tree.map(jnp.add, sums, (value, d_head)), d_hidden
+
+    return jax.lax.scan(add, zero, chunks)
+
+  if apart:
+    summed = by_rows(summed, model.mesh)
   zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, moving))
   chunks = (hidden.value, labels.value, weights.value)
-  (value, d_head), d_hidden = jax.lax.scan(add, zero, chunks)
+  (value, d_head), d_hidden = summed((zero, moving, fixed), chunks)
   whole = [d_head[n] if n in moving else None for n in range(len(leaves))]
   return value, (tree.unflatten(whole), d_hidden)
 

@@ -11,6 +11,7 @@ Axes of the mesh: `data` splits the batch, `fsdp` the batch and the weights,
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -203,9 +204,46 @@ def by_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   Told nothing, XLA may split activations by their features instead, as the
   weights they meet are, and then sum partial products over all devices.
   """
-  if mesh is None or x.shape[0] % _size(mesh, BATCH[0]):
+  if row_parts(len(x), mesh) == 1:
     return x
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+
+
+def row_parts(rows: int, mesh: Mesh | None) -> int:
+  """Parts that a batch of so many rows is split into; 1 if it is not."""
+  parts = 1 if mesh is None else _size(mesh, BATCH[0])
+  return 1 if rows % parts else parts
+
+
+def by_rows(
+  summed: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+  """Inside jit: every device sums over its own rows, and the sums meet once.
+
+  Left to itself XLA lets partial sums of a loop meet in each of its turns.
+
+  Args:
+    summed: (given, rows) -> (sums, results), of one device's rows.
+    mesh: over whose `data` and `fsdp` axes rows are split.
+
+  Returns:
+    The same function of all rows: given as it is, rows and results [N, B, ...]
+    split by B.
+  """
+
+  def own(given: Any, rows: Any) -> tuple[Any, Any]:
+    (axes,) = BATCH
+    sums, results = summed(jax.lax.pcast(given, axes, to='varying'), rows)
+    return jax.lax.psum(sums, axes), results
+
+  split = P(None, *BATCH)
+  return jax.shard_map(
+    own,
+    mesh=mesh,
+    axis_names=set(BATCH[0]),
+    in_specs=(P(), split),
+    out_specs=(P(), split),
+  )
 
 
 def put(array: Any, sharding: NamedSharding) -> jax.Array:

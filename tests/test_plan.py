@@ -152,6 +152,46 @@ def test_within_a_tenth_of_the_compiler(method, remat, shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+  ('method', 'sizes', 'shape', 'tokens'),
+  [
+    ('full', (1, 8, 1), 'words', 416),
+    ('full', (8, 1, 1), 'words', 128),
+    ('qdora', (2, 2, 2), 'words', 128),
+    *(
+      pytest.param(*case, marks=pytest.mark.exhaustive)
+      for case in itertools.product(
+        ('full', 'lora', 'qdora'),
+        ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)),
+        ('words', 'wide'),
+        (128, 416),
+      )
+    ),
+  ],
+)
+def test_on_a_mesh_within_a_tenth_of_the_compiler(method, sizes, shape, tokens):
+  data, fsdp, tensor = sizes
+  job = job_of(
+    method, 'dots', shape, batch=8, seq_len=tokens, learned=tokens - 1
+  )
+  job = dataclasses.replace(job, data=data, fsdp=fsdp, tensor=tensor)
+  step, *_ = tiny.script('benchmarks/traffic.py').compiled_step(
+    job.model,
+    job.adapter.method if job.adapter else 'full',
+    job.quant,
+    sizes=sizes,
+    length=tokens,
+    rank=8,
+    remat='dots',
+  )
+  made = plan(job)
+  kinds = ('gradients', 'activations', 'workspace', 'logits')
+  given = sum(size for kind, size in made.memory.items() if kind not in kinds)
+  temporary = step.memory_analysis().temp_size_in_bytes
+  assert made.total - given == pytest.approx(temporary, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
   ('method', 'remat', 'shape'),
   [
     ('lora', 'block', 'wide'),

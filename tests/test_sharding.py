@@ -20,11 +20,11 @@ from qdora_jax import (
   attach,
   init_adapter,
   load_pretrained,
+  loss,
   norms,
   quantize,
   rope,
 )
-from qdora_jax.loss import summed_loss
 from qdora_jax.model import Decoder, LayerKind, ModelConfig
 from qdora_jax.sharding import make_mesh, shard, shard_batch, shardings
 
@@ -91,11 +91,11 @@ def batch_of():
 def gradient(mesh=None):
   model = Decoder(CONFIG, mesh=mesh)
 
-  def loss(trained, base, fixed, batch):
+  def mean(trained, base, fixed, batch):
     params = attach(base, trained, norms=fixed)
-    return summed_loss(model, params, batch) / jnp.sum(batch['weights'])
+    return loss.summed_loss(model, params, batch) / jnp.sum(batch['weights'])
 
-  return jax.value_and_grad(loss)
+  return jax.value_and_grad(mean)
 
 
 @functools.cache
@@ -140,9 +140,9 @@ def test_sharded_equals_single_device(method, sizes):
   laid_out = shardings(trees[0], mesh)
   f = jax.jit(gradient(mesh), out_shardings=(None, laid_out))
   placed = [shard(tree, mesh) for tree in trees]
-  loss, grads = f(*placed, shard_batch(batch_of(), mesh))
+  value, grads = f(*placed, shard_batch(batch_of(), mesh))
   one, ones = on_one_device(method)
-  assert loss == pytest.approx(float(one), rel=1e-5)
+  assert value == pytest.approx(float(one), rel=1e-5)
   split = 0
   for got, want, where in zip(
     *map(jax.tree.leaves, (grads, ones, laid_out)), strict=True
@@ -151,6 +151,23 @@ def test_sharded_equals_single_device(method, sizes):
     assert got.sharding.is_equivalent_to(where, got.ndim)
     split += not where.is_fully_replicated
   assert split or sizes == (8, 1, 1)
+
+
+def test_a_packed_head_and_its_adapter(monkeypatch):
+  """Of which every device sums up, over chunks, what its own rows give."""
+  monkeypatch.setattr(loss, 'best_chunk', lambda backend: 8)
+  targets = r'.*/(q|v)/kernel|lm_head/kernel'
+  base = quantize(setup('full')[0], QuantSpec(targets, block_size=16))
+  spec = AdapterSpec('dora', rank=4, targets=targets)
+  trained = tiny.perturbed(init_adapter(jax.random.key(1), base, spec))
+  trees = trained, base, norms(base, trained)
+  want, ones = jax.jit(gradient())(*trees, batch_of())
+  mesh = make_mesh(2, 2, 2)
+  placed = [shard(tree, mesh) for tree in trees]
+  got, grads = jax.jit(gradient(mesh))(*placed, shard_batch(batch_of(), mesh))
+  assert got == pytest.approx(float(want), rel=1e-5)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(ones), strict=True):
+    assert tiny.relative(a, b) <= 1e-5
 
 
 def test_packed_leaves_follow_their_kernel():

@@ -1,12 +1,14 @@
 """From compiled programs on eight devices: what travels, and how often."""
 
+import collections
+import dataclasses
 import re
 
 import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import QuantSpec, paths, rope
+from qdora_jax import QuantSpec, loss, paths, rope
 from qdora_jax.model import LayerKind, ModelConfig
 
 traffic = tiny.script('benchmarks/traffic.py')
@@ -124,6 +126,31 @@ def test_activations_stay_where_their_rows_are(method):
   up = paths.flatten(trained)['layers/mlp/up/kernel']
   for part in [up] if method == 'full' else [up.lora_a, up.lora_b]:
     assert {part.shape[1:], part.shape[:0:-1]} & summed
+
+
+@pytest.mark.parametrize(
+  ('method', 'sizes'),
+  [
+    ('full', (2, 2, 2)),
+    pytest.param('full', (8, 1, 1), marks=pytest.mark.slow),
+    pytest.param('dora', (2, 2, 2), marks=pytest.mark.slow),
+  ],
+)
+def test_the_head_and_its_gradient_travel_once(method, sizes, monkeypatch):
+  """However many chunks of tokens the loss is made of."""
+  monkeypatch.setattr(loss, 'best_chunk', lambda backend: 8)
+  config = dataclasses.replace(CONFIG, vocab=500)
+  step, *_ = traffic.compiled_step(config, method, sizes=sizes, length=48)
+  program = step.as_text()
+  chunks = 12 if sizes[2] == 2 else 6  # 47 tokens, of two rows or of one.
+  assert re.search(rf'known_trip_count\D*{chunks}\b', program)
+  of_head = collections.Counter()
+  for array in traffic.moved(program):
+    if 500 // sizes[2] in array.shape:
+      of_head[array.collective] += array.times
+  assert of_head.pop('all-gather', 0) == (sizes[1] > 1)
+  # That of the embedding, whose gradient meets once, too, is as large.
+  assert sum(of_head.values()) == 2 * (method == 'full')
 
 
 def test_a_loop_counts_as_often_as_it_runs():
