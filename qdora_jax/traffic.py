@@ -4,9 +4,10 @@ Bytes are those one device receives, per optimizer step. Under FSDP a layer's
 packed codes are gathered where they are used, once in the forward loop over
 layers and once in the backward loop, whatever is rematerialized there
 (`tests/test_traffic.py` reads that off the compiled program), in every
-microbatch. The head is gathered once, for logits and their gradient together;
-of the embedding only rows travel. Gathering over n devices brings (n - 1) / n
-of the whole.
+microbatch, and every microbatch's gradients are summed over the devices: a tied
+embedding's twice, as it is looked up and as the head. The head is gathered
+once, for logits and their gradient together; of the embedding only rows travel.
+Gathering over n devices brings (n - 1) / n of the whole.
 """
 
 import math
@@ -48,9 +49,13 @@ def moved(job: Job) -> dict[str, int]:
         gathered[kind] += others * job.microbatches
       elif not path.startswith('embed/'):
         gathered[kind] += others * uses
-  own = sum(share(made.trained, job).values())
+  sizes = share(made.trained, job)
+  again = sizes.get(_head(job), 0) * job.model.tied
+  own = sum(sizes.values()) + again
+  scattered += again * (job.fsdp - 1) * job.microbatches
   reduced = 2 * own * (job.data - 1) // job.data
-  reduced += 2 * everywhere * (job.fsdp - 1) // job.fsdp * job.microbatches
+  reduced += 2 * everywhere * (job.fsdp - 1) // job.fsdp
+  reduced *= job.microbatches
   # A ring's all-reduce over tensor: the outputs of o and down, and the
   # gradients of what q, k, v and gate, up read, in every layer.
   passes = 2 + (job.remat != 'none')

@@ -294,6 +294,30 @@ def test_what_is_moved_is_what_the_compiled_program_moves(method):
   assert rows == pytest.approx(moved, rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('method', 'microbatches'),
+  [('full', 4), pytest.param('dora', 2, marks=pytest.mark.exhaustive)],
+)
+def test_gradients_meet_in_every_microbatch(method, microbatches):
+  listing = tiny.script('benchmarks/traffic.py')
+  job = job_of(method, 'block', 'long', batch=32, seq_len=32, data=8)
+  job = dataclasses.replace(job, microbatches=microbatches)
+  step, *_ = listing.compiled_step(
+    job.model,
+    method,
+    sizes=(8, 1, 1),
+    rows=32,
+    rank=8,
+    microbatches=microbatches,
+  )
+  found = listing.moved(step.as_text())
+  summed = sum(a.nbytes for a in found if a.collective == 'all-reduce')
+  # A ring brings every number but one's own part, twice.
+  wire = plan(job).moved['all-reduce of gradients']
+  assert wire == pytest.approx(2 * summed * 7 / 8, rel=0.02)
+
+
 @pytest.mark.parametrize(
   ('name', 'count'),
   [

@@ -163,6 +163,7 @@ def compiled_step(
   rank: int = 4,
   remat: str = 'block',
   dtype: Any = jnp.float32,
+  microbatches: int = 1,
 ) -> tuple[Any, Any, Any]:
   """(the compiled step, abstract base, abstract trained tree) on a mesh.
 
@@ -174,6 +175,7 @@ def compiled_step(
     rows, length: of the batch, over all devices.
     rank: R.
     remat, dtype: the decoder's.
+    microbatches: as in `make_step`.
   """
   mesh = make_mesh(*sizes)
   model = Decoder(config, dtype, remat)
@@ -208,11 +210,10 @@ def compiled_step(
   batches |= {n: batch(np.int32, length - 1) for n in ('loss_at', 'labels')}
   batches['weights'] = batch(np.float32, length - 1)
   trained_on, state_on = place(trained), place(state)
-  step = train.make_step(model, optimizer, like=(trained_on, state_on))
+  like = trained_on, state_on
+  step = train.make_step(model, optimizer, microbatches, like)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  lowered = step.lower(
-    trained_on, state_on, place(base), place(fixed), batches, key
-  )
+  lowered = step.lower(*like, place(base), place(fixed), batches, key)
   return lowered.compile(), base, trained
 
 
