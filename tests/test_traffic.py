@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -151,6 +152,30 @@ def test_the_head_and_its_gradient_travel_once(method, sizes, monkeypatch):
   assert of_head.pop('all-gather', 0) == (sizes[1] > 1)
   # That of the embedding, whose gradient meets once, too, is as large.
   assert sum(of_head.values()) == 2 * (method == 'full')
+
+
+@pytest.mark.slow
+def test_the_readme_has_these_figures(capsys):
+  traffic.main()
+  lines = re.findall(
+    r'^(all-\S+) +(.+?) +([\d.]+) MB$', capsys.readouterr().out, re.M
+  )
+  megabytes = {(how, what): float(n) for how, what, n in lines}
+  readme = (Path(__file__).parents[1] / 'README.md').read_text()
+  table = {
+    'packed kernels': [('all-gather', 'packed kernels')],
+    'adapter: A, B, gains': [('all-gather', 'adapter')],
+    'its gradients': [('all-reduce', 'adapter')],
+    'the head, in float32': [('all-gather', 'full precision')],
+    'rows of the embedding': [('all-to-all', 'activations and sums')],
+  }
+  rest = set(megabytes) - {key for keys in table.values() for key in keys}
+  table['all else'] = sorted(rest)
+  for words, keys in table.items():
+    (written,) = re.findall(rf'^\| {words} \| ([\d.]+) \|', readme, re.M)
+    places = len(written.partition('.')[2])
+    here = sum(megabytes[key] for key in keys)
+    assert float(written) == round(here, places), words
 
 
 def test_a_loop_counts_as_often_as_it_runs():
