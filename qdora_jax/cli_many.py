@@ -105,7 +105,7 @@ def sweep(argv: list[str]) -> int:
     jax.config.update('jax_platforms', 'cpu')
     isolated = [sys.executable, '-m', 'qdora_jax.cli', 'sweep', known.file]
     isolated += ['--out', str(known.out), *words]
-  sweep.check(mine, mesh=not known.isolate)
+  sweep.check(mine, known.out, mesh=not known.isolate)
   return sweep.run(found, points, known.out, known.only, isolated, report)
 
 

@@ -22,6 +22,7 @@ point that fails is reported and does not stop the others.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 import sys
@@ -37,6 +38,7 @@ from qdora_jax import (
   folder,
   footprint,
   optim,
+  paths,
   plan,
   processes,
 )
@@ -160,14 +162,18 @@ def build(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, RunConfig]:
   return built
 
 
-def check(points: Mapping[str, RunConfig], mesh: bool = True) -> None:
+def check(
+  points: Mapping[str, RunConfig], out: Path, mesh: bool = True
+) -> None:
   """Tries what can be told of points before anything runs.
 
   Their data and benchmarks are read; their models quantized, adapted and
-  updated as shapes.
+  updated as shapes. An adapter that they go on from is looked for, unless a
+  point before them may make it.
 
   Args:
     points: what `build` made of a sweep.
+    out: the sweep's folder.
     mesh: whether they run on the devices that this process sees.
 
   Raises:
@@ -181,6 +187,7 @@ def check(points: Mapping[str, RunConfig], mesh: bool = True) -> None:
       (config.data, lambda c: data.load_data(c.data)),
       (config.eval, _sources),
       ((*shapes, dataclasses.replace(config.optim, lr=0.0)), _trees),
+      (config.adapter.path, functools.partial(_adapter, out=out)),
     ]
     if mesh:
       tries.append(((config.mesh, config.train), mesh_of))
@@ -204,6 +211,16 @@ def _trees(config: RunConfig) -> None:
   train = dataclasses.replace(config.train, seq_len=config.train.seq_len or 1)
   job = plan.of_run(dataclasses.replace(config, train=train))
   optim.check(config.optim, footprint.trees(job).trained)
+
+
+def _adapter(config: RunConfig, out: Path) -> None:
+  path = Path(config.adapter.path)
+  if path.exists() or path.resolve().is_relative_to(out.resolve()):
+    return
+  raise FileNotFoundError(
+    f'config.adapter.path={config.adapter.path!r}: no such directory'
+    f'{paths.beside(path)}'
+  )
 
 
 def _with(values: Mapping[str, Any], point: Point) -> dict[str, Any]:

@@ -209,6 +209,10 @@ def test_points_that_cannot_be_are_named_before_anything_runs(
       "product(grid('model.name', ['gone']), grid('optim.lr', [1.0]))",
       ['point name=gone', "'gone'"],
     ),
+    (
+      "product(grid('adapter.path', ['swep.py']), grid('optim.lr', [1.0]))",
+      ['point path=swep.py', "config.adapter.path='swep.py': no such"],
+    ),
     ('[]', ['no points']),
     ("grid('adapter.rank', [4])", ["'optim.lr', which no point has"]),
     (
@@ -226,6 +230,21 @@ def test_points_that_cannot_be_are_named_before_anything_runs(
   assert 'the points are lr=1.0' in capsys.readouterr().err
   assert cli.main(['sweep', 'gone.py', '--out', str(out)]) == 1
   assert 'gone.py: no such file' in capsys.readouterr().err
+
+
+def test_an_adapter_that_a_point_makes_is_not_looked_for(made, tmp_path):
+  out = tmp_path / 'out'
+  first = out / 'points' / 'lr=0.1' / 'adapter'
+  words = "[{'optim.lr': 0.1}, {'optim.lr': 0.2, 'adapter.path': '%s'}]"
+  path = made(words % first)
+  one = config_file.returned(path, 'get_sweep', Sweep)
+  values = config_file.read_values(str(tmp_path / one.config), [])
+  built = sweep.build(one, values)
+  sweep.check(built, out)
+  with pytest.raises(
+    FileNotFoundError, match=r'point lr=0.2.*no such directory'
+  ):
+    sweep.check(built, tmp_path / 'other')
 
 
 @pytest.mark.slow
@@ -335,7 +354,7 @@ SHIPPED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize('file', SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_sweep_can_be_built(file):
+def test_a_shipped_sweep_can_be_built(file, tmp_path):
   """But for its data, which is not here; its docstring counts its runs."""
   one = config_file.returned(str(file), 'get_sweep', Sweep)
   overrides = ['path=', 'eval_path=', 'eval_size=0']
@@ -343,7 +362,7 @@ def test_a_shipped_sweep_can_be_built(file):
   values = config_file.read_values(str(file.parent / one.config), words)
   values['eval']['benchmarks'] = {}
   built = sweep.build(one, values)
-  sweep.check(built)
+  sweep.check(built, tmp_path)
   words = ast.get_docstring(ast.parse(file.read_text()))
   assert re.search(rf'(?m)^{len(built)} runs of', words), len(built)
   assert f'qdora sweep experiments/sweeps/{file.name} --out' in words
