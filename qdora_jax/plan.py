@@ -15,7 +15,7 @@ import jax
 from qdora_jax import footprint, optim, published, traffic
 from qdora_jax.config import RunConfig
 from qdora_jax.devices import Device
-from qdora_jax.footprint import Job
+from qdora_jax.job import Job
 from qdora_jax.model import ModelConfig
 from qdora_jax.specs import AdapterSpec, QuantSpec
 

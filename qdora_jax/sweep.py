@@ -36,7 +36,6 @@ from qdora_jax import (
   benchmark,
   data,
   folder,
-  footprint,
   optim,
   paths,
   plan,
@@ -44,6 +43,7 @@ from qdora_jax import (
 )
 from qdora_jax.config import RunConfig
 from qdora_jax.finetune import fine_tune
+from qdora_jax.job import trees
 from qdora_jax.opening import mesh_of, settled
 
 Point = dict[str, Any]
@@ -210,7 +210,7 @@ def _trees(config: RunConfig) -> None:
   """Quantizes, adapts and updates shapes alone."""
   train = dataclasses.replace(config.train, seq_len=config.train.seq_len or 1)
   job = plan.of_run(dataclasses.replace(config, train=train))
-  optim.check(config.optim, footprint.trees(job).trained)
+  optim.check(config.optim, trees(job).trained)
 
 
 def _adapter(config: RunConfig, out: Path) -> None:

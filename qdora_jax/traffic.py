@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from qdora_jax import paths
 from qdora_jax.devices import Device
-from qdora_jax.footprint import Job, activations, in_chunks, share, trees
+from qdora_jax.footprint import activations, in_chunks
+from qdora_jax.job import Job, share, trees
 from qdora_jax.sharding import shardings
 
 USES = 2

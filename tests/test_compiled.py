@@ -21,12 +21,11 @@ from qdora_jax import (
   AdapterSpec,
   QuantSpec,
   compiled,
-  footprint,
   init_adapter,
   sharding,
   train,
 )
-from qdora_jax.footprint import Job
+from qdora_jax.job import Job, trees
 from qdora_jax.model import Decoder
 from qdora_jax.optim import make_optimizer
 
@@ -215,7 +214,7 @@ def test_thirty_layers_are_no_longer_a_program_than_two(method):
   lines = []
   for layers in (2, 30):
     job = Job(decoder(layers=layers), *METHODS[method], 2, 16, dtype='float32')
-    made = footprint.trees(job)
+    made = trees(job)
     model = Decoder(job.model, jnp.float32, job.remat)
     step = train.make_step(model, make_optimizer(1e-4))
     whole = jax.ShapeDtypeStruct((2, 16), jnp.int32)
@@ -230,7 +229,7 @@ def test_thirty_layers_are_no_longer_a_program_than_two(method):
 
 def test_thirty_layers_adapters_are_drawn_by_no_longer_a_program_than_two():
   def lines(layers):
-    base = footprint.trees(Job(decoder(layers=layers))).base
+    base = trees(Job(decoder(layers=layers))).base
     spec = AdapterSpec('dora', rank=4)
 
     def draw(key, base):

@@ -32,7 +32,8 @@ FLOORS[3] += ('analysis', 'study', 'pictures', 'trackers')
 FLOORS[3] += ('folder', 'opening', 'run', 'finetune', 'processes')
 FLOORS[3] += ('paged', 'adam8bit', 'scaling', 'tally', 'compiled')
 # A run refuses what its plan says cannot fit.
-FLOORS[3] += ('devices', 'published', 'footprint', 'traffic', 'plan')
+FLOORS[3] += ('devices', 'published', 'job', 'footprint', 'traffic')
+FLOORS[3] += ('plan',)
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 

@@ -22,7 +22,7 @@ from qdora_jax import (
   traffic,
 )
 from qdora_jax.finetune import fine_tune
-from qdora_jax.footprint import Job
+from qdora_jax.job import Job, trees
 from qdora_jax.model import Decoder, LayerKind, ModelConfig
 from qdora_jax.optim import make_optimizer
 from qdora_jax.plan import (
@@ -81,7 +81,7 @@ def job_of(method: str, remat: str, shape: str, **more) -> Job:
 
 def compiled_memory(job: Job):
   """The compiler's account of the real step's program, without weights."""
-  made = footprint.trees(job)
+  made = trees(job)
   model = Decoder(job.model, jnp.dtype(job.dtype), job.remat)
   step = make_step(model, make_optimizer(1e-4), job.microbatches)
   shape = (job.batch, job.seq_len)
@@ -227,7 +227,7 @@ def test_microbatches(method):
 def test_a_device_s_share_is_what_lies_on_it():
   """Under fsdp and tensor, against real arrays on eight devices."""
   job = job_of('qdora', 'block', 'wide', batch=8, data=1, fsdp=4, tensor=2)
-  made = footprint.trees(job)
+  made = trees(job)
   base, trained = jax.tree.map(
     lambda a: jnp.zeros(a.shape, a.dtype), (made.base, made.trained)
   )

@@ -14,7 +14,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from qdora_jax import footprint
+from qdora_jax.job import Job, trees
 from qdora_jax.model import Decoder
 from qdora_jax.optim import make_optimizer
 from qdora_jax.published import model_config
@@ -22,9 +22,9 @@ from qdora_jax.specs import AdapterSpec
 from qdora_jax.train import make_step
 
 
-def compiled(job: footprint.Job) -> int:
+def compiled(job: Job) -> int:
   """Bytes of the step's program: args + temp + out - alias."""
-  made = footprint.trees(job)
+  made = trees(job)
   model = Decoder(job.model, jnp.dtype(job.dtype), job.remat)
   step = make_step(model, make_optimizer(1e-4), job.microbatches)
   whole = jax.ShapeDtypeStruct((job.batch, job.seq_len), jnp.int32)
@@ -50,7 +50,7 @@ def saving(
   sizes = []
   for detach in (False, True):
     spec = AdapterSpec('dora', rank=16, factored=factored, detach=detach)
-    job = footprint.Job(model_config(model), None, spec, batch, tokens)
+    job = Job(model_config(model), None, spec, batch, tokens)
     job = dataclasses.replace(job, dtype='float32', remat='none')
     sizes.append(compiled(job))
   return sizes[0], sizes[1]

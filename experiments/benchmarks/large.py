@@ -32,7 +32,7 @@ from qdora_jax import (
   sharding,
   train,
 )
-from qdora_jax.footprint import Job
+from qdora_jax.job import Job
 from qdora_jax.model import Decoder, LayerKind, ModelConfig
 from qdora_jax.plan import plan
 from qdora_jax.published import model_config
