@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from qdora_jax import paths, processes
-from qdora_jax.paged import is_paged
+from qdora_jax.streaming import is_paged
 
 
 class Restored(NamedTuple):

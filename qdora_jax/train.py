@@ -25,8 +25,9 @@ from qdora_jax.data import Batch
 from qdora_jax.loss import summed_loss
 from qdora_jax.metrics import Log, Progress
 from qdora_jax.model import Decoder
-from qdora_jax.paged import Paged, is_paged
+from qdora_jax.paged import Paged
 from qdora_jax.sharding import BATCH, shard, shard_batch
+from qdora_jax.streaming import is_paged
 from qdora_jax.tally import Tally
 from qdora_jax.transforms import adapted_norms, attach, norms
 

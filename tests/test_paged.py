@@ -22,6 +22,7 @@ from qdora_jax import (
   paged,
   run,
   sharding,
+  streaming,
   train,
 )
 from qdora_jax.checkpoint import Checkpoints
@@ -89,7 +90,7 @@ SLOW = ('adam', 'muon', 'rmsprop', 'lamb', 'adagrad', 'adan', 'prodigy')
 )
 def test_updates_are_the_same(name, piece, monkeypatch):
   """With masks, rates by name and layer, a norm that is clipped."""
-  monkeypatch.setattr(paged, 'PIECE', piece)
+  monkeypatch.setattr(streaming, 'PIECE', piece)
   tree = large_tree() if name == 'adamw8bit' else trained_tree()
   rules = {'.*/(lora_b|down/kernel)': 2.0, '.*/lora_a': 0.0}
   if name == 'adamw8bit':
@@ -121,7 +122,7 @@ def test_rates_by_layer_in_pieces(monkeypatch):
   want = updates(optimizer, large_tree(), 'none')
   got = updates(optimizer, large_tree(), 'host')
   tiny.assert_same(*(jax.tree.map(np.asarray, tree) for tree in (got, want)))
-  monkeypatch.setattr(paged, 'PIECE', 2**8)
+  monkeypatch.setattr(streaming, 'PIECE', 2**8)
   got = updates(optimizer, large_tree(), 'host')
   for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=3e-7)
@@ -130,7 +131,7 @@ def test_rates_by_layer_in_pieces(monkeypatch):
 @pytest.mark.parametrize('name', ['adamw', 'adamw8bit'])
 @pytest.mark.parametrize('piece', [2**29, 2**10], ids=['whole', 'cut'])
 def test_updates_are_the_same_on_a_mesh(name, piece, monkeypatch):
-  monkeypatch.setattr(paged, 'PIECE', piece)
+  monkeypatch.setattr(streaming, 'PIECE', piece)
   mesh = sharding.make_mesh(fsdp=4, tensor=2)
   optimizer = optim.make_optimizer(1e-2, name, weight_decay=0.1, clip=1.0)
   want = updates(optimizer, large_tree(), 'none', mesh)
@@ -172,7 +173,7 @@ def streamed(optimizer, tree):
 )
 def test_no_piece_is_larger_than_it_may_be(name, piece, monkeypatch):
   """What crosses at once is some rows of one leaf's moments."""
-  monkeypatch.setattr(paged, 'PIECE', piece)
+  monkeypatch.setattr(streaming, 'PIECE', piece)
   optimizer = optim.make_optimizer(1e-2, name, clip=1.0)
   tree = large_tree()
   found = list(to_device(streamed(optimizer, tree)))
