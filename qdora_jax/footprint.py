@@ -148,7 +148,8 @@ def workspace(job: Job) -> int:
   as large as the trained tree: XLA copies the moments before it writes them in
   place, because the parameters' update reads them, too, and half of the copies
   lie where other things were. A paged state is streamed instead, an array of
-  the tree at a time: two moments at most.
+  the tree at a time: two moments at most. On a mesh gradients are there twice
+  where devices' sums meet: the kernels' of one layer, the head's at the end.
   """
   c, ways = job.model, job.tensor
   adapted = job.adapter is not None
@@ -181,7 +182,26 @@ def workspace(job: Job) -> int:
     rest += job.tokens * _inputs(job) * _DROPPED[method][remat]
   trained = share(trees(job).trained, job).values()
   copies = 2 * max(trained) if job.paged else sum(trained)
-  return copies + rest + max(feed_forward, (_SCORES - stored) * scores)
+  turns = rest + max(feed_forward, (_SCORES - stored) * scores)
+  return copies + max(turns, _met(job))
+
+
+def _met(job: Job) -> int:
+  """Bytes of a trained head's gradients as they come from other devices.
+
+  Two of a tied embedding: as the head, and of the rows that were looked up. Of
+  another head the sum of many chunks is beside it.
+  """
+  if job.data * job.fsdp == 1:
+    return 0
+  own = share(trees(job).trained, job).get(job.head, 0)
+  return own * (2 if job.model.tied or _chunks(job) > 1 else 1)
+
+
+def _chunks(job: Job) -> int:
+  """Parts of the loss's tokens."""
+  most = loss.best_chunk(job.backend)
+  return loss.chunk_count(job.rows, job.learned or job.seq_len, most)
 
 
 def _inputs(job: Job) -> int:
@@ -217,25 +237,21 @@ def logits(job: Job) -> int:
   """Bytes of a chunk's logits and of their gradient, float32.
 
   Or of one of them and a chunk's part of a trained head's gradient, beside the
-  sum of such parts. On a mesh the head is brought together over `fsdp`, and
-  that sum is of the whole head until devices' sums meet; those of a tied
-  embedding meet then, too.
+  sum of such parts. On a mesh the head is brought together over `fsdp`, as it
+  is stored, and that sum is of the whole head until devices' sums meet.
   """
   c = job.model
-  learned = job.learned or job.seq_len
-  count = loss.chunk_count(job.rows, learned, loss.best_chunk(job.backend))
-  vocab = -(-c.vocab // job.tensor)
-  one = job.rows * -(-learned // count) * vocab * FLOAT
-  head = vocab * c.width * job.width if job.fsdp > 1 else 0
-  name = 'embed/embedding' if c.tied else 'lm_head/kernel'
-  own = share(trees(job).trained, job).get(name, 0)
+  count, vocab = _chunks(job), -(-c.vocab // job.tensor)
+  one = job.rows * -(-(job.learned or job.seq_len) // count) * vocab * FLOAT
+  numbers = vocab * c.width
+  own = share(trees(job).trained, job).get(job.head, 0)
+  head = numbers * (FLOAT if own else job.width) if job.fsdp > 1 else 0
   if not own or job.data * job.fsdp == 1:
     return one + max(one, own if count > 1 else 0) + head
-  whole = vocab * c.width * FLOAT
-  chunk = one + max(one, whole) + (whole if count > 1 else 0) + head
-  # A device's own part is copied before it is gathered.
-  chunk += own if job.fsdp > 1 else 0
-  return max(chunk, whole + 2 * own if c.tied else 0)
+  chunk = one + max(one, numbers * FLOAT) + head
+  # A sum beside the part, and a device's own part, copied to be gathered.
+  chunk += numbers * FLOAT if count > 1 else 0
+  return chunk + (own if job.fsdp > 1 else 0)
 
 
 def serving(job: Job) -> dict[str, int]:

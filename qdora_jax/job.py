@@ -79,6 +79,11 @@ class Job:
     return self.rows * self.seq_len
 
   @property
+  def head(self) -> str:
+    """The path of what logits are made with."""
+    return 'embed/embedding' if self.model.tied else 'lm_head/kernel'
+
+  @property
   def width(self) -> int:
     """Bytes of one number of the compute dtype."""
     return jnp.dtype(self.dtype).itemsize

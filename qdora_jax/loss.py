@@ -10,8 +10,9 @@ there, the gradient of its hidden states,
 is made, too, and kept in their place: D numbers a token for V. (Recomputing
 the logits in the backward pass instead, as rematerialization would, costs the
 head's product once more.) What of the head is trained gets its gradient summed
-over the chunks; what is frozen gets none. On a mesh each device sums up what
-its own rows give, and the devices' sums meet once, after the last chunk.
+over the chunks; what is frozen gets none. Where the model knows its mesh, each
+device sums up what its own rows give, and the devices' sums meet once, after
+the last chunk.
 """
 
 import functools
@@ -41,7 +42,8 @@ def summed_loss(
     params: its tree, as `attach` gives it.
     batch: see `data`.
     chunk: tokens whose logits exist at once, over all devices; one of every row
-      at least. None: what each of the devices here is best at.
+      at least. None: what the devices here are best at, each of the model's
+      mesh for itself.
   """
   parts = row_parts(len(batch['labels']), model.mesh)
   chunk = chunk or parts * best_chunk(jax.default_backend())
@@ -123,16 +125,19 @@ def _in_chunks(model, head, hidden_NxBxCxD, labels_NxBxC, weights_NxBxC):
 
 def _in_chunks_forward(model, head, hidden, labels, weights):
   leaves, tree = jax.tree.flatten(head)
+  values = [leaf.value for leaf in leaves]
   # Packed codes and a frozen head have no gradient to be made.
   moving = {n: v.value for n, v in enumerate(leaves) if v.perturbed}
-  fixed = {n: v.value for n, v in enumerate(leaves) if not v.perturbed}
-  apart = row_parts(hidden.value.shape[1], model.mesh) > 1
-  own = model.clone(mesh=None) if apart else model
+  fixed = {n: v for n, v in enumerate(values) if n not in moving}
+  # Of a key every device would draw the same mask for its rows.
+  keys = any(jnp.issubdtype(v.dtype, jax.dtypes.prng_key) for v in values)
+  apart = row_parts(hidden.value.shape[1], model.mesh) > 1 and not keys
+  reader = model.clone(mesh=None) if apart else model
 
   def loss(moving, fixed, *chunk):
     mixed = moving | fixed
     head = tree.unflatten([mixed[n] for n in range(len(leaves))])
-    return _chunk_loss(own, head, *chunk)
+    return _chunk_loss(reader, head, *chunk)
 
   gradient = jax.value_and_grad(loss, (0, 2))
 
@@ -147,11 +152,14 @@ def _in_chunks_forward(model, head, hidden, labels, weights):
 
   if apart:
     summed = by_rows(summed, model.mesh)
-  zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, moving))
+  # Sums of many chunks, and of devices, are float32.
+  zeros = {n: jnp.zeros(v.shape, jnp.float32) for n, v in moving.items()}
+  zero = jnp.float32(0), zeros
   chunks = (hidden.value, labels.value, weights.value)
-  (value, d_head), d_hidden = summed((zero, moving, fixed), chunks)
-  whole = [d_head[n] if n in moving else None for n in range(len(leaves))]
-  return value, (tree.unflatten(whole), d_hidden)
+  (value, sums), d_hidden = summed((zero, moving, fixed), chunks)
+  d_head = {n: sums[n].astype(v.dtype) for n, v in moving.items()}
+  d_head = [d_head[n] if n in moving else None for n in range(len(leaves))]
+  return value, (tree.unflatten(d_head), d_hidden)
 
 
 def _in_chunks_backward(model, residuals, cotangent):

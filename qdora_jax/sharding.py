@@ -231,14 +231,14 @@ def by_rows(
     split by B.
   """
 
-  def own(given: Any, rows: Any) -> tuple[Any, Any]:
+  def of_rows(given: Any, rows: Any) -> tuple[Any, Any]:
     (axes,) = BATCH
     sums, results = summed(jax.lax.pcast(given, axes, to='varying'), rows)
     return jax.lax.psum(sums, axes), results
 
   split = P(None, *BATCH)
   return jax.shard_map(
-    own,
+    of_rows,
     mesh=mesh,
     axis_names=set(BATCH[0]),
     in_specs=(P(), split),

@@ -169,7 +169,7 @@ def check(
 
   Their data and benchmarks are read; their models quantized, adapted and
   updated as shapes. An adapter that they go on from is looked for, unless a
-  point before them may make it.
+  point before them makes it.
 
   Args:
     points: what `build` made of a sweep.
@@ -181,14 +181,18 @@ def check(
       cannot be.
   """
   seen: list[Any] = []
+  made: list[Path] = []
   for name, config in points.items():
     shapes = config.model.name, config.quant, config.adapter
     tries: list[tuple[Any, Callable[[RunConfig], Any]]] = [
       (config.data, lambda c: data.load_data(c.data)),
       (config.eval, _sources),
       ((*shapes, dataclasses.replace(config.optim, lr=0.0)), _trees),
-      (config.adapter.path, functools.partial(_adapter, out=out)),
     ]
+    if config.adapter.spec() is not None and config.adapter.path:
+      found = functools.partial(_adapter, made=made)
+      tries.append((config.adapter.path, found))
+    made.append((out / 'points' / name).resolve())
     if mesh:
       tries.append(((config.mesh, config.train), mesh_of))
     for part, attempt in tries:
@@ -213,9 +217,9 @@ def _trees(config: RunConfig) -> None:
   optim.check(config.optim, trees(job).trained)
 
 
-def _adapter(config: RunConfig, out: Path) -> None:
+def _adapter(config: RunConfig, made: Sequence[Path]) -> None:
   path = Path(config.adapter.path)
-  if path.exists() or path.resolve().is_relative_to(out.resolve()):
+  if path.is_dir() or any(map(path.resolve().is_relative_to, made)):
     return
   raise FileNotFoundError(
     f'config.adapter.path={config.adapter.path!r}: no such directory'

@@ -29,7 +29,7 @@ def moved(job: Job) -> dict[str, int]:
   made = trees(job)
   uses = USES * job.microbatches
   gathered = dict.fromkeys(('codes', 'absmax', 'full', 'trained'), 0)
-  scattered = everywhere = 0
+  scattered = everywhere = summed = 0
   for name, tree in (('base', made.base), ('trained', made.trained)):
     specs = jax.tree_util.tree_leaves_with_path(shardings(tree, job.mesh()))
     sizes = share(tree, job)
@@ -38,23 +38,22 @@ def moved(job: Job) -> dict[str, int]:
       path = paths.of(path)
       # Together one device holds fsdp shares, all but one of them received.
       others = sizes[path] * (job.fsdp - 1)
+      # A tied embedding's sums are two: as the head, and of what was looked up.
+      sums = (1 + (job.model.tied and path == job.head)) * (name == 'trained')
+      summed += sums * sizes[path]
       if 'fsdp' not in axes:
-        everywhere += sizes[path] * (name == 'trained')
+        everywhere += sums * sizes[path]
         continue
       # What is sharded over fsdp is reduced to its owner.
-      scattered += others * (name == 'trained') * job.microbatches
+      scattered += sums * others * job.microbatches
       part = path.rpartition('/')[2]
       kind = part if part in ('codes', 'absmax') else 'full'
       kind = 'trained' if name == 'trained' else kind
-      if path == _head(job):
+      if path == job.head:
         gathered[kind] += others * job.microbatches
       elif not path.startswith('embed/'):
         gathered[kind] += others * uses
-  sizes = share(made.trained, job)
-  again = sizes.get(_head(job), 0) * job.model.tied
-  own = sum(sizes.values()) + again
-  scattered += again * (job.fsdp - 1) * job.microbatches
-  reduced = 2 * own * (job.data - 1) // job.data
+  reduced = 2 * summed * (job.data - 1) // job.data
   reduced += 2 * everywhere * (job.fsdp - 1) // job.fsdp
   reduced *= job.microbatches
   # A ring's all-reduce over tensor: the outputs of o and down, and the
@@ -76,11 +75,6 @@ def moved(job: Job) -> dict[str, int]:
     'to the host and back': 2 * host * job.microbatches
     + (2 * sum(share(made.state, job).values()) if job.paged else 0),
   }
-
-
-def _head(job: Job) -> str:
-  """The path of what logits are made with."""
-  return 'embed/embedding' if job.model.tied else 'lm_head/kernel'
 
 
 def _rows(job: Job) -> int:

@@ -16,10 +16,10 @@ from qdora_jax import (
   QuantSpec,
   attach,
   init_adapter,
+  loss,
   quantize,
   sharding,
 )
-from qdora_jax.loss import summed_loss
 from qdora_jax.model import Decoder
 
 HEAD = r'lm_head/kernel'
@@ -91,7 +91,7 @@ def test_value_and_gradients_are_the_plain_ones(name):
     return jax.jit(jax.value_and_grad(lambda t: f(model, attach(base, t))))
 
   def chunked(count):
-    return lambda model, params: summed_loss(model, params, batch, count)
+    return lambda model, params: loss.summed_loss(model, params, batch, count)
 
   want, grads = of(lambda m, p: plain_loss(m, p, batch))(trained)
   # Seven tokens a row at once, which do not divide 31; and all of them.
@@ -107,10 +107,12 @@ def test_value_and_gradients_are_the_plain_ones(name):
 def test_the_gradient_is_scaled_like_the_loss():
   model, _, params = trained_parts('all, tied')
   batch = batch_of()
-  once = jax.jit(jax.grad(lambda p: summed_loss(model, p, batch, 20)))(params)
-  half = jax.jit(jax.grad(lambda p: 0.5 * summed_loss(model, p, batch, 20)))(
+  once = jax.jit(jax.grad(lambda p: loss.summed_loss(model, p, batch, 20)))(
     params
   )
+  half = jax.jit(
+    jax.grad(lambda p: 0.5 * loss.summed_loss(model, p, batch, 20))
+  )(params)
   for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(once), strict=True):
     np.testing.assert_allclose(a, 0.5 * b, rtol=1e-6, atol=1e-12)
 
@@ -119,7 +121,9 @@ def test_no_learned_token_is_no_loss():
   model, base, trained = trained_parts('adapter alone, tied')
   batch = batch_of() | {'weights': np.zeros((4, 31), np.float32)}
   value, grads = jax.jit(
-    jax.value_and_grad(lambda t: summed_loss(model, attach(base, t), batch))
+    jax.value_and_grad(
+      lambda t: loss.summed_loss(model, attach(base, t), batch)
+    )
   )(trained)
   assert value == 0
   assert all((g == 0).all() for g in jax.tree.leaves(grads))
@@ -152,7 +156,7 @@ def test_logits_are_never_whole(tied):
     return step.lower(params['params']['layers'], head).compile()
 
   whole = compiled(plain_loss)
-  parts = compiled(lambda *args: summed_loss(*args, chunk))
+  parts = compiled(lambda *args: loss.summed_loss(*args, chunk))
   # The head itself has an axis of V, too.
   most = max(chunk, config.width) * config.vocab
   assert largest_with_vocabulary(whole, config.vocab) >= 16 * 32 * config.vocab
@@ -176,10 +180,10 @@ def test_a_head_in_sixteen_bits_is_multiplied_in_them(tied):
   params = params['params']
   adapter = init_adapter(jax.random.key(1), params, AdapterSpec('lora'))
 
-  def loss(adapter, params):
-    return summed_loss(model, attach(params, adapter), batch)
+  def total(adapter, params):
+    return loss.summed_loss(model, attach(params, adapter), batch)
 
-  text = jax.jit(jax.grad(loss)).lower(adapter, params).as_text()
+  text = jax.jit(jax.grad(total)).lower(adapter, params).as_text()
   products = re.findall(r'dot_general.* : \((.*)\)', text)
   heads = [operands for operands in products if '1111' in operands]
   assert len(heads) == 2 and 'f32' not in ''.join(heads)
@@ -190,7 +194,7 @@ def test_a_frozen_head_gets_no_gradient():
   model, base, trained = trained_parts('adapter alone, own head')
   batch, vocab = batch_of(), model.config.vocab
   jaxpr = jax.make_jaxpr(
-    jax.grad(lambda t: summed_loss(model, attach(base, t), batch, 20))
+    jax.grad(lambda t: loss.summed_loss(model, attach(base, t), batch, 20))
   )(trained)
   given = [
     var.aval
@@ -201,15 +205,78 @@ def test_a_frozen_head_gets_no_gradient():
   assert given and not any(vocab in a.shape for a in given)
 
 
-def test_eight_devices_are_one():
-  model, _, trained = trained_parts('all, own head')
-  batch = batch_of(8)
-  f = jax.jit(jax.value_and_grad(lambda p, b: summed_loss(model, p, b, 32)))
-  want, grads = f(trained, batch)
-  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  got, others = f(
-    sharding.shard(trained, mesh), sharding.shard_batch(batch, mesh)
-  )
+@pytest.mark.parametrize(
+  'name',
+  [
+    'all, tied',
+    'head beside an adapter',
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in CASES
+      if name not in ('all, tied', 'head beside an adapter')
+    ),
+  ],
+)
+def test_eight_devices_are_one(name, monkeypatch):
+  """In several chunks, of a device's own rows."""
+  monkeypatch.setattr(loss, 'best_chunk', lambda backend: 8)
+  model, base, trained = trained_parts(name)
+  batch, mesh = batch_of(8), sharding.make_mesh(data=2, fsdp=2, tensor=2)
+
+  def of(mesh):
+    own = model.clone(mesh=mesh)
+
+    def total(trained, base, batch):
+      return loss.summed_loss(own, attach(base, trained), batch)
+
+    return jax.jit(jax.value_and_grad(total))
+
+  want, grads = of(None)(trained, base, batch)
+  placed = (sharding.shard(tree, mesh) for tree in (trained, base))
+  got, others = of(mesh)(*placed, sharding.shard_batch(batch, mesh))
   np.testing.assert_allclose(got, want, rtol=1e-5)
   for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(grads), strict=True):
     assert tiny.relative(a, b) <= 1e-5
+
+
+def test_dropout_of_the_head_differs_by_row_on_a_mesh_too():
+  model, params, _ = tiny.loaded(tied=False)
+  spec = AdapterSpec('lora', rank=4, targets=HEAD, dropout=0.5)
+  adapter = tiny.perturbed(init_adapter(jax.random.key(0), params, spec))
+  mesh = sharding.make_mesh(data=8)
+  batch = {k: np.repeat(v[:1], 8, axis=0) for k, v in batch_of(1).items()}
+
+  def each_row(model, adapter, params, batch):
+    def of(row):
+      mine = (np.arange(8) == row)[:, None] * batch['weights']
+      key = jax.random.key(1)
+      tree = attach(params, adapter, dropout_key=key)
+      return loss.summed_loss(model, tree, batch | {'weights': mine}, 64)
+
+    # With a gradient: so it is trained.
+    return [
+      jax.value_and_grad(lambda w, n=n: w * of(n))(1.0)[0] for n in (0, 5)
+    ]
+
+  want = each_row(model, adapter, params, batch)
+  placed = (sharding.shard(tree, mesh) for tree in (adapter, params))
+  placed = (*placed, sharding.shard_batch(batch, mesh))
+  own = model.clone(mesh=mesh)
+  got = jax.jit(each_row, static_argnums=0)(own, *placed)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  assert abs(got[0] - got[1]) > 1e-3
+
+
+def test_a_head_trained_in_sixteen_bits_on_a_mesh():
+  """Sums over devices are float32: XLA's CPU ends the process over others."""
+  model, _, params = trained_parts('all, tied')
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+  own = Decoder(model.config, jnp.bfloat16, mesh=mesh)
+  batch = sharding.shard_batch(batch_of(8), mesh)
+  f = jax.jit(jax.grad(lambda p, b: loss.summed_loss(own, p, b, 64)))
+  grads = f(sharding.shard(half, mesh), batch)
+  assert {a.dtype for a in jax.tree.leaves(grads)} == {jnp.dtype('bfloat16')}
+  f = jax.jit(jax.grad(lambda p: loss.summed_loss(model, p, batch_of(8), 64)))
+  found = grads['embed']['embedding'].astype(jnp.float32)
+  assert tiny.relative(found, f(params)['embed']['embedding']) < 0.05

@@ -241,6 +241,9 @@ def test_an_adapter_that_a_point_makes_is_not_looked_for(made, tmp_path):
   values = config_file.read_values(str(tmp_path / one.config), [])
   built = sweep.build(one, values)
   sweep.check(built, out)
+  backward = dict(reversed(built.items()))
+  with pytest.raises(FileNotFoundError, match=r'point lr=0.2'):
+    sweep.check(backward, out)
   with pytest.raises(
     FileNotFoundError, match=r'point lr=0.2.*no such directory'
   ):
@@ -256,6 +259,9 @@ def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
     "product(grid('optim.lr', [1e-2, 1e-3]), grid('seed', [0, 1])) + "
     "grid('adapter.path', ['nothing'])"
   )
+  # A directory, but no adapter.
+  (tmp_path / 'nothing').mkdir()
+  monkeypatch.chdir(tmp_path)
   words = ['sweep', made(points), '--out', str(out)]
   missed = []
 
