@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +99,9 @@ def evaluate(argv: list[str]) -> None:
   # What is not there is told before a model is loaded.
   for source in known.on:
     benchmark.load(source, known.limit)
+  if known.harness:
+    # Before anything is loaded: it may not be installed.
+    importlib.import_module('qdora_jax.harness')
   run = load_run(known.workdir, known.checkpoint)
   if known.harness:
     _harness(run, known)
@@ -144,8 +148,6 @@ def _keep(result: Any, known: argparse.Namespace) -> None:
 
 
 def _harness(run: Any, known: argparse.Namespace) -> None:
-  from lm_eval.utils import make_table
-
   from qdora_jax import harness
 
   params = run.base if known.base else run.params()
@@ -159,7 +161,7 @@ def _harness(run: Any, known: argparse.Namespace) -> None:
     shots=known.shots,
     include_path=known.include_path,
   )
-  print(make_table(found))
+  print(harness.table(found))
   for result in harness.results(found):
     _keep(result, known)
 

@@ -1,8 +1,9 @@
 """lm-evaluation-harness: its tasks on a model of ours.
 
-`harness(run)` gives its results by `lm_eval.simple_evaluate`; `Harness` is the
-model class for who calls lm_eval otherwise. Texts become tokens, and stop
-strings end answers, as with the harness's own Hugging Face model.
+`harness(lm, names)` gives its results by `lm_eval.simple_evaluate`; `Harness`
+is the model class for who calls lm_eval otherwise. Texts become tokens, and
+stop strings end answers, as with the harness's own Hugging Face model. Whether
+a model was trained on what it is asked is not looked for here.
 """
 
 import math
@@ -194,14 +195,14 @@ def harness(
 
 
 def results(found: dict[str, Any]) -> list[Result]:
-  """The harness's results in our form, one for each task.
+  """The harness's results in our form: of tasks, and of groups with figures.
 
   Intervals are of 1.96 of its standard errors; where it has none, as of a
   perplexity, there is none.
   """
   kept = []
-  for task, counts in found['n-samples'].items():
-    figures, measures = found['results'][task], {}
+  for task, figures in found['results'].items():
+    measures = {}
     for key, value in figures.items():
       metric, _, filtered = key.partition(',')
       if not filtered or metric.endswith('_stderr'):
@@ -212,6 +213,24 @@ def results(found: dict[str, Any]) -> list[Result]:
       if isinstance(error, float) and math.isfinite(error):
         low, high = value - Z * error, value + Z * error
       measures[name] = Measure(value, low, high)
-    total, available = counts['effective'], counts['original']
-    kept.append(Result(task, 'lm_eval', total, available, measures))
+    if measures:
+      counts = [found['n-samples'][name] for name in _leaves(found, task)]
+      total, available = (
+        sum(count[kind] for count in counts)
+        for kind in ('effective', 'original')
+      )
+      kept.append(Result(task, 'lm_eval', total, available, measures))
   return kept
+
+
+def _leaves(found: dict[str, Any], task: str) -> list[str]:
+  """The tasks of a group, of its groups, too; a task is its own."""
+  if task in found['n-samples']:
+    return [task]
+  parts = found['group_subtasks'][task]
+  return [leaf for part in parts for leaf in _leaves(found, part)]
+
+
+def table(found: dict[str, Any]) -> str:
+  """The harness's results as it prints them."""
+  return utils.make_table(found)

@@ -15,13 +15,16 @@ took them from LLM-Adapters (Hu et al. 2023, arXiv 2304.01933): an instruction
 that ends in the answer's form, and 'the correct answer is option2' to learn.
 Scored is the first word of that form in what the model says, upper and lower
 case told apart: none is a wrong answer. Answers are greedy, where that code
-searches with four beams. Prompts of HellaSwag keep WikiHow's marks ([header],
+searches with four beams, and looked through whole, where it takes what follows
+another '### Response:'. Prompts of HellaSwag keep WikiHow's marks ([header],
 [title]), as there, if the file has them. Contexts of choices are those of
 lm-evaluation-harness.
 
-Numbers (GSM8K, Orca-Math): of what stands after the last '####', or of the
-whole answer without one, the last number counts, its commas and a closing point
-left out; right is what differs by at most 0.001, as in LLM-Adapters.
+Numbers (GSM8K): of what stands after the last '####', or of the whole answer
+without one, the last number counts, its commas and a closing point left out;
+right is what differs by at most 0.001, as in LLM-Adapters. Orca-Math is posed
+and scored as Answer.AI's fsdp_qlora does: the last number, ratio or amount of
+money, and right is the same text: '$5' is not '5'.
 """
 
 import dataclasses
@@ -274,8 +277,24 @@ def _gsm8k(record: Record) -> list[dict[str, Any]]:
   return [{'prompt': record['question'], 'completion': steps}]
 
 
+# fsdp_qlora, experiments/orca_math/eval_utils.py.
+_AMOUNT = re.compile(r'[$€£]?\d+(?:\.\d+)?(?::\d+(?:\.\d+)?)?')
+
+
+def amount(text: str) -> str | None:
+  """The last number, ratio or amount of money in a text, or None."""
+  found = _AMOUNT.findall(text)
+  return found[-1] if found else None
+
+
+def _same_amount(answer: str, values: Mapping[str, Any]) -> bool:
+  got = amount(answer)
+  return got is not None and got == amount(values['completion'])
+
+
 def _orca_math(record: Record) -> list[dict[str, Any]]:
-  return [{'prompt': record['question'], 'completion': record['answer']}]
+  asked = f'###Question:\n{record["question"]}\n###Answer:\n'
+  return [{'prompt': asked, 'completion': record['answer']}]
 
 
 # --- Instructions and conversations ---
@@ -346,7 +365,7 @@ TASKS = {
     _published, 'true|false|(?:solution|option|answer|ending)[1-5]'
   ),
   'gsm8k': Task(_gsm8k, _same_number, r'(?s).*####\s*-?[\d.,]+\s*', 256),
-  'orca_math': Task(_orca_math, _same_number, r'(?s).*\d.*', 512),
+  'orca_math': Task(_orca_math, _same_amount, r'(?s).*\d.*', 512),
   'alpaca': Task(_alpaca, max_new_tokens=256),
   'guanaco': Task(_guanaco, max_new_tokens=256),
   'e2e': Task(_e2e, max_new_tokens=64),

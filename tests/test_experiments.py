@@ -13,7 +13,6 @@ from qdora_jax.plan import GB, of_run, plan
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'experiments' / 'configs'
 NAMES = ['alpaca', 'commonsense', 'e2e', 'gsm8k', 'guanaco', 'orca_math']
-AGAIN = ['alpaca', 'orca_math']
 # Forms whose memory the file states, and their architectures.
 STATED = {
   'alpaca': {'llama-7b': 'llama-7b'},
@@ -74,14 +73,7 @@ def test_the_stated_memory_is_planned(name, form):
   not (ROOT.parent / 'shared' / 'data').exists(),
   reason='the shared data is not here',
 )
-@pytest.mark.parametrize(
-  'name',
-  [
-    # Their rows are read and asked as the others' are.
-    pytest.param(n, marks=[pytest.mark.exhaustive] * (n in AGAIN))
-    for n in NAMES
-  ],
-)
+@pytest.mark.parametrize('name', NAMES)
 def test_an_experiment_at_tiny_size(name, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   if name == 'e2e':

@@ -185,6 +185,25 @@ def test_the_number_that_is_an_answer(text, number):
   assert tasks.number(text) == number
 
 
+def test_orca_math_as_it_is_asked_and_judged_there():
+  record = {'question': 'How much?', 'answer': 'In all 3 x $2.50 = $7.50.'}
+  (values,) = tasks.find('orca_math').rows(record)
+  assert values['prompt'] == '###Question:\nHow much?\n###Answer:\n'
+  for answer, right in (
+    ('So $7.50', 1),
+    ('So 7.50', 0),
+    ('$7.50 for 3', 0),
+    ('$7.5', 0),
+    ('none', 0),
+  ):
+    assert tasks.find('orca_math').score(values, answer) == right
+  ratio = {'completion': 'as 3:4'}
+  assert tasks.find('orca_math').score(ratio, '6:8, that is 3:4.') == 1
+  assert tasks.find('orca_math').score(ratio, '1:4') == 0
+  nothing = {'completion': 'no number'}
+  assert tasks.find('orca_math').score(nothing, 'none') == 0
+
+
 @needs_data
 def test_gsm8k():
   found = rows.read(f'gsm8k:{DATA / "gsm8k" / "test.jsonl"}')

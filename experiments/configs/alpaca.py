@@ -8,7 +8,7 @@ examples, 512 tokens, a cosine after .03 of warming up. They trained LLaMA-7B in
 full at 2e-5 (--config.adapter.method=none --config.quant.format=none and that
 rate, on several GPUs); QDoRA takes 7 GB of one GPU by `qdora plan`. They
 published no score; the QLoRA paper has 5-shot MMLU of its Alpaca runs, which
-`qdora evaluate --harness mmlu` measures. Not run here. It reads
+`qdora evaluate --harness mmlu --shots 5` measures. Not run here. It reads
 tatsu-lab/alpaca from the hub.
 
 With no more said, the same of SmolLM2-135M on the 999 instructions of

@@ -1,8 +1,8 @@
 """E2E data to text (LoRA paper, section 5.4), on SmolLM2-135M.
 
-  qdora train --config experiments/configs/e2e.py --workdir runs/e2e \\
-      --config.data.path=e2e:DATA/train.txt \\
-      --config.data.eval_path=e2e:DATA/valid.txt \\
+  qdora train --config experiments/configs/e2e.py --workdir runs/e2e \
+      --config.data.path=e2e:DATA/train.txt \
+      --config.data.eval_path=e2e:DATA/valid.txt \
       --config.eval.benchmarks='{"e2e:DATA/test.txt": 0}'
 
 DATA holds the files of github.com/microsoft/LoRA, examples/NLG/data/e2e, in the

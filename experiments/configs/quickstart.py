@@ -1,6 +1,6 @@
 """QDoRA of SmolLM2-135M-Instruct on reversing lists of words.
 
-  qdora train --config experiments/configs/quickstart.py \\
+  qdora train --config experiments/configs/quickstart.py \
       --workdir runs/quickstart
 
 Two CPU cores, float32: seven minutes, 1.9 GB at the highest. Exact match on 200

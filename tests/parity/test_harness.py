@@ -20,13 +20,16 @@ import torch
 import transformers
 
 from qdora_jax import (
+  AdapterSpec,
   QuantSpec,
   cli,
   finetune,
+  freeze,
   harness,
   load_pretrained,
   tasks,
 )
+from qdora_jax.export import export_merged
 from qdora_jax.generate import Draw, pick
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -83,6 +86,10 @@ def folder(tmp_path_factory):
   data = folder / 'data.jsonl'
   data.write_text('\n'.join(map(json.dumps, records)))
   (folder / 'tasks').mkdir()
+  (folder / 'tasks' / 'group.yaml').write_text(
+    'group: ours_group\ntask: [ours_choice, ours_words]\n'
+    'aggregate_metric_list:\n- {metric: acc, weight_by_size: true}\n'
+  )
   for name, body in TASKS.items():
     lines = '\n'.join(line[4:] for line in body.splitlines())
     (folder / 'tasks' / f'{name}.yaml').write_text(
@@ -170,14 +177,51 @@ def test_by_command_with_and_without_the_adapter(folder, monkeypatch, capsys):
   assert 'ours_choice: acc' in capsys.readouterr().out
 
 
-def test_quantized_bases_are_measured_too(folder, monkeypatch):
+def test_qdora_scores_as_its_merged_weights_do_there(
+  folder, monkeypatch, tmp_path
+):
+  """NF4 and an adapter, frozen; and a group of tasks is listed, too."""
+  from lm_eval.models.huggingface import HFLM
+
   monkeypatch.setenv('HF_DATASETS_CACHE', str(folder / 'cache'))
   monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-  model, params, tok = load_pretrained(folder / 'model', QuantSpec())
-  lm = harness.Harness(model, params, tok, max_length=256)
+  source = folder / 'model'
+  model, base, tok, adapter = load_pretrained(
+    source, QuantSpec(), AdapterSpec('dora', rank=4)
+  )
+  adapter = tiny.perturbed(adapter)
+  export_merged(tmp_path, base, adapter, source, 'float32')
+  their = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path, dtype=torch.float32
+  )
+  tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+  hf = HFLM(pretrained=their, tokenizer=tokenizer, batch_size=3, max_length=256)
+  params = freeze(base, adapter)
+  lm = harness.Harness(model, params, tok, batch_size=5, max_length=256)
   path = str(folder / 'tasks')
-  found = harness.harness(lm, ['ours_choice'], include_path=path, limit=4)
-  assert 0 <= found['results']['ours_choice']['acc,none'] <= 1
+  ours, theirs = (
+    harness.harness(each, ['ours_group', 'ours_text'], include_path=path)
+    for each in (lm, hf)
+  )
+  for name in ('ours_choice', 'ours_text'):
+    mine, want = (
+      [r[0][0] if isinstance(r[0], tuple) else r[0] for r in sample['resps']]
+      for found in (ours, theirs)
+      for sample in found['samples'][name][:1]
+    )
+    np.testing.assert_allclose(
+      np.array(mine, float), np.array(want, float), rtol=1e-4
+    )
+    for key, value in theirs['results'][name].items():
+      if ',' in key and 'stderr' not in key:
+        assert ours['results'][name][key] == pytest.approx(value, rel=1e-4)
+  listed = {result.source: result for result in harness.results(ours)}
+  assert set(listed) == {'ours_group', 'ours_choice', 'ours_words', 'ours_text'}
+  group = listed['ours_group']
+  assert (group.total, group.available) == (24, 24)
+  assert (
+    group.measures['acc'].value == listed['ours_choice'].measures['acc'].value
+  )
   with pytest.raises(ValueError, match="no task 'ours_choise'; near: ours_ch"):
     harness.harness(lm, ['ours_choise'], include_path=path)
 
