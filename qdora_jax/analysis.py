@@ -6,9 +6,9 @@ How far training moved the one and the other, as means over output features:
 
   dM = mean | ||w'|| - ||w|| |        dD = mean (1 - cos(w', w))
 
-In the paper's vision-language model, over layers and checkpoints, the two go
-together under LoRA (a correlation of +.83), and against each other under full
-fine-tuning (-.62) and DoRA (-.31).
+In q of the paper's vision-language model, over layers and checkpoints, the two
+go together under LoRA (a correlation of +.83), and against each other under
+full fine-tuning (-.62) and DoRA (-.31).
 
 Formats (Dettmers et al. 2023, arXiv 2305.14314, section 4). Four bits are an
 index into 16 levels of [-1, 1], scaled by the largest |w| of each block: evenly

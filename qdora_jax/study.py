@@ -122,8 +122,8 @@ def of_runs(
   text = '# How far the weights went\n\n' + _means(methods, modules)
   text += (
     '\n## Do magnitude and direction go together?\n\n'
-    'Correlation of dM and dD over layers and checkpoints; of full fine-tuning '
-    'the DoRA paper has -.62, of LoRA +.83, of DoRA -.31.\n\n'
+    'Correlation of dM and dD over layers and checkpoints; of q the DoRA paper '
+    'has -.62 under full fine-tuning, +.83 under LoRA, -.31 under DoRA.\n\n'
   )
   text += _correlations(methods, modules, lambda one: one.every)
   text += '\nOver layers, at the last checkpoint alone:\n\n'

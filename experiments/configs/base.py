@@ -36,7 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Several instead, by their share of the examples: {'a.jsonl': 3, 'b.json': 1}
   # - a source is anything that name or path may be.
   config.data.mix = {}
-  # A file of rows to test on; '' takes data.eval_size of the above.
+  # A file of rows to test on, of which the first data.eval_size are taken; ''
+  # takes so many of the above.
   config.data.eval_path = ''
   # Which field is which: {'prompt': 'question', 'completion': 'answer'}. A row
   # has 'messages', or 'prompt' and 'completion', or 'text'.
@@ -55,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
   # What a well-formed answer looks like; the share of those is reported.
   config.data.answer_pattern = r'.+'
   config.data.seed = 0
-  # Rows to train on; 0 takes all of a file, and makes 1000 of a task.
+  # Rows to train on, a file's first; 0 takes all, and makes 1000 of a task.
   config.data.train_size = 0
   # Rows to evaluate on, before and after; 0 for no evaluation.
   config.data.eval_size = 200

