@@ -1,5 +1,6 @@
 """A run is measured on others' tests, and says what it found and how sure."""
 
+import collections
 import json
 import shutil
 
@@ -8,7 +9,16 @@ import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import benchmark, chat, cli, fastchat, finetune, folder, nlg
+from qdora_jax import (
+  benchmark,
+  chat,
+  cli,
+  fastchat,
+  finetune,
+  folder,
+  nlg,
+  rows,
+)
 from qdora_jax.benchmark import Subject
 from qdora_jax.intervals import Measure, bootstrap, wilson
 from qdora_jax.prompts import Format
@@ -183,6 +193,22 @@ def test_a_bootstrap_is_the_normal_interval_of_a_mean():
   assert str(Measure(0.12345, 0.1, 0.2)) == '0.1235 (0.1000 to 0.2000)'
   alone = bootstrap(lambda at: values[at].mean(), 1)
   assert str(alone) == f'{values[0]:.4g} (no interval)'
+
+
+@tiny.needs_data
+def test_fastchats_own_questions():
+  folder = tiny.DATA / 'mt_vicuna'
+  for name, heats in (
+    ('vicuna80', {0.0: 10, 0.7: 70}),
+    ('mt_bench', {0.0: 40, 0.1: 20, 0.7: 20}),
+  ):
+    found = rows.read(str(folder / f'{name}_question.jsonl'))
+    questions = [fastchat._checked(row) for row in found]
+    assert len(questions) == 80
+    turns = {len(question['turns']) for question in questions}
+    assert turns == {2 if name == 'mt_bench' else 1}
+    asked = collections.Counter(map(fastchat.temperature, questions))
+    assert asked == heats
 
 
 def test_answers_in_fastchats_form(tmp_path):

@@ -1,10 +1,10 @@
 """Rows as tokens: what is learned, BOS once, the end of every answer."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import tokenizers
 import transformers
 
@@ -325,16 +325,13 @@ def test_many_rows_are_encoded_as_each_by_itself(monkeypatch):
       assert learned(tok, got) == learned(tok, want)
 
 
-SHARED = Path(__file__).parents[2] / 'shared' / 'data'
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason='no ../shared here')
+@tiny.needs_data
 def test_real_rows_come_back_as_they_were():
   """GSM8K, Alpaca and OpenAssistant: nothing lost, many languages."""
   from qdora_jax import rows
 
   tok = tokenizer(CHATML)
-  for file in sorted(SHARED.glob('*/*')):
+  for file in sorted(tiny.DATA.glob('*/*')):
     if not file.name.endswith(rows.SUFFIXES) or 'easy_vqa' in file.parts:
       continue
     some = rows.read(os.fspath(file))[:50]

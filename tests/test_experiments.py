@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 
 from qdora_jax import cli, folder, published
 from qdora_jax.config_file import read_config
@@ -69,10 +70,7 @@ def test_the_stated_memory_is_planned(name, form):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  not (ROOT.parent / 'shared' / 'data').exists(),
-  reason='the shared data is not here',
-)
+@tiny.needs_data
 @pytest.mark.parametrize('name', NAMES)
 def test_an_experiment_at_tiny_size(name, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)

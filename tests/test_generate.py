@@ -9,7 +9,15 @@ import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import AdapterSpec, attach, freeze, init_adapter, quantize, specs
+from qdora_jax import (
+  AdapterSpec,
+  QuantSpec,
+  attach,
+  freeze,
+  init_adapter,
+  quantize,
+  specs,
+)
 from qdora_jax.generate import generate
 from qdora_jax.model import init_cache
 
@@ -51,6 +59,18 @@ def test_greedy_is_the_naive_loop(batch):
   model, params, _ = tiny.loaded(tied=False)
   got = generate(model, params, batch, COUNT)
   assert got == [naive(model, params, p) for p in batch]
+
+
+def test_greedy_on_four_bits_is_the_naive_loop():
+  """A frozen QDoRA; left-padded prompts say what each says alone."""
+  model, params, _ = tiny.loaded(tied=False)
+  base = quantize(params, QuantSpec())
+  adapter = init_adapter(jax.random.key(0), base, AdapterSpec('dora', rank=4))
+  frozen = freeze(base, tiny.perturbed(adapter))
+  batch = PROMPTS['different lengths']
+  got = generate(model, frozen, batch, COUNT)
+  assert got == [naive(model, frozen, p) for p in batch]
+  assert got != generate(model, params, batch, COUNT)
 
 
 def test_the_model_does_not_say_one_thing_only():

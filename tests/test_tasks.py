@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 import tiny
@@ -11,7 +10,7 @@ from qdora_jax import chat, prompts, rows, tasks
 from qdora_jax.prompts import Format
 from qdora_jax.rows import Row
 
-DATA = Path(__file__).parents[2] / 'shared' / 'data'
+DATA = tiny.DATA
 SAMPLES = DATA / 'commonsense' / 'llm_adapters_samples.jsonl'
 TESTS = {
   'boolq': 'val',
@@ -23,9 +22,6 @@ TESTS = {
   'openbookqa': 'test',
   'hellaswag': 'val',
 }
-needs_data = pytest.mark.skipif(
-  not SAMPLES.exists(), reason='the shared data is not here'
-)
 
 
 def commonsense(name: str) -> list[Row]:
@@ -33,7 +29,7 @@ def commonsense(name: str) -> list[Row]:
   return rows.read(f'{name}:{file}')
 
 
-@needs_data
+@tiny.needs_data
 def test_prompts_are_the_papers_record_by_record():
   """35 records of LLM-Adapters' own test files."""
   samples = [json.loads(line) for line in SAMPLES.read_text().splitlines()]
@@ -58,7 +54,7 @@ def test_prompts_are_the_papers_record_by_record():
     assert again['prompt'] == sample['instruction']
 
 
-@needs_data
+@tiny.needs_data
 @pytest.mark.parametrize(
   'name, count',
   [
@@ -204,7 +200,7 @@ def test_orca_math_as_it_is_asked_and_judged_there():
   assert tasks.find('orca_math').score(nothing, 'none') == 0
 
 
-@needs_data
+@tiny.needs_data
 def test_gsm8k():
   found = rows.read(f'gsm8k:{DATA / "gsm8k" / "test.jsonl"}')
   assert len(found) == 1319
@@ -217,7 +213,7 @@ def test_gsm8k():
     assert tasks.number(answer) == float(answer.replace(',', ''))
 
 
-@needs_data
+@tiny.needs_data
 def test_e2e_has_several_references_for_one_input():
   found = rows.read(f'e2e:{DATA / "e2e_nlg" / "test.txt"}')
   assert len(found) == 4693
@@ -230,7 +226,7 @@ def test_e2e_has_several_references_for_one_input():
   )
 
 
-@needs_data
+@tiny.needs_data
 def test_guanaco_is_a_conversation():
   file = DATA / 'oasst1_guanaco_subset' / 'oa_questions.jsonl'
   found = rows.read(f'guanaco:{file}')

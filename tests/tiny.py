@@ -192,6 +192,10 @@ def assert_same(got: Any, want: Any) -> None:
     np.testing.assert_array_equal(a, b)
 
 
+DATA = Path(__file__).parents[2] / 'shared' / 'data'
+needs_data = pytest.mark.skipif(
+  not DATA.exists(), reason='the shared data is not here'
+)
 # Marks of what other tests show already, of another size, family or mesh.
 AGAIN = (pytest.mark.slow, pytest.mark.exhaustive)
 
