@@ -5,13 +5,14 @@ import csv
 import dataclasses
 import json
 import re
+import signal
 
 import jax
 import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import cli, config_file, findings, sweep
+from qdora_jax import cli, config_file, findings, metrics, sweep
 from qdora_jax.findings import Group
 from qdora_jax.intervals import Mean, Measure, wilson
 from qdora_jax.sweep import Sweep, grid, product, zipped
@@ -270,13 +271,19 @@ def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
       missed.append(event)
 
   jax.monitoring.register_event_listener(note)
-  real, calls = sweep.fine_tune, []
+  real, calls, write = sweep.fine_tune, [], metrics.Log.write
+
+  def write_and_interrupt(log, row):
+    write(log, row)
+    monkeypatch.setattr(metrics.Log, 'write', write)
+    signal.raise_signal(signal.SIGINT)
 
   def fine_tune(config, workdir):
     missed.clear()
     calls.append(workdir.name)
     if len(calls) == 3:
-      raise KeyboardInterrupt
+      # Ctrl-C in the middle of a point.
+      monkeypatch.setattr(metrics.Log, 'write', write_and_interrupt)
     real(config, workdir)
     calls.append(len(missed))
 
@@ -287,7 +294,8 @@ def test_a_sweep_goes_on_after_what_failed_and_skips_what_is_done(
   assert (out / 'table.csv').exists()
   calls[:] = [None, None, None]
   assert cli.main(words) == 1
-  err = capsys.readouterr().err
+  said, err = capsys.readouterr()
+  assert 'continuing after step' in said
   assert '1 of 5 points failed: path=nothing' in err
   # Rates and seeds are arguments: nothing is compiled again.
   assert calls[3:] == [
