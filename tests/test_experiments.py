@@ -14,6 +14,7 @@ from qdora_jax.plan import GB, of_run, plan
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'experiments' / 'configs'
 NAMES = ['alpaca', 'commonsense', 'e2e', 'gsm8k', 'guanaco', 'orca_math']
+AGAIN = ['alpaca', 'orca_math']
 # Forms whose memory the file states, and their architectures.
 STATED = {
   'alpaca': {'llama-7b': 'llama-7b'},
@@ -71,7 +72,14 @@ def test_the_stated_memory_is_planned(name, form):
 
 @pytest.mark.slow
 @tiny.needs_data
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    # Their rows are read, asked and judged in test_tasks.py.
+    pytest.param(n, marks=[pytest.mark.exhaustive] * (n in AGAIN))
+    for n in NAMES
+  ],
+)
 def test_an_experiment_at_tiny_size(name, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   if name == 'e2e':
