@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from qdora_jax import cli, folder, published
+from qdora_jax import cli, devices, folder, published
 from qdora_jax.config_file import read_config
 from qdora_jax.plan import GB, of_run, plan
 
@@ -58,16 +58,20 @@ def test_forms(name):
 @pytest.mark.parametrize(
   ('name', 'form'), [(name, form) for name in STATED for form in STATED[name]]
 )
-def test_the_stated_memory_is_planned(name, form):
+def test_the_stated_memory_and_time_are_planned(name, form):
   config = read_config(str(CONFIGS / f'{name}.py:{form}'), [])
   job = of_run(config, published.model_config(STATED[name][form]))
   words = ast.get_docstring(ast.parse((CONFIGS / f'{name}.py').read_text()))
   # Of a table's row, or of a sentence.
   text = re.search(rf'(?m)^ +:{form} .*$', words)
   text = text[0] if text else ' '.join(words[words.index(f':{form}') :].split())
+  row, made = text.startswith(' '), plan(job)
   figures = re.findall(r'(\d+) GB', text)
-  figure = figures[-1] if text.startswith(' ') else figures[0]
-  assert int(figure) == round(plan(job).total / GB)
+  assert int(figures[-1 if row else 0]) == round(made.total / GB)
+  # At half the peak of an H100, every row of full length.
+  hours = made.flops * config.train.steps / (devices.find('h100').flops / 2)
+  (figure, *_) = re.findall(r'([\d.]+) h\b', text)
+  assert float(figure) == round(hours / 3600, 1)
 
 
 @pytest.mark.slow

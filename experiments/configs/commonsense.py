@@ -13,11 +13,11 @@ beside other work, and nothing learned worth a figure.
 The paper's own runs, on a GPU; --config.adapter.method=lora with lr=3e-4, and
 rank=16 with alpha=32 for its half rank:
 
-  form         base              lr    LoRA  half DoRA  DoRA   memory
-  :llama-7b    LLaMA-7B          2e-4  74.7  77.5       78.4   20 GB
-  :llama-13b   LLaMA-13B         2e-4  80.5  80.8       81.5   35 GB
-  :llama2-7b   Llama-2-7B        2e-4  77.6  80.5       79.7   20 GB
-  :llama3-8b   Llama-3-8B        1e-4  80.8  85.0       85.2   23 GB
+  form         base         lr    LoRA  half DoRA  DoRA   time   memory
+  :llama-7b    LLaMA-7B     2e-4  74.7  77.5       78.4   2.6 h  20 GB
+  :llama-13b   LLaMA-13B    2e-4  80.5  80.8       81.5   5.0 h  35 GB
+  :llama2-7b   Llama-2-7B   2e-4  77.6  80.5       79.7   2.6 h  20 GB
+  :llama3-8b   Llama-3-8B   1e-4  80.8  85.0       85.2   2.9 h  23 GB
 
   qdora train --config experiments/configs/commonsense.py:llama3-8b \
       --config.data.mix='{"commonsense:commonsense_170k.json": 1}' \
@@ -26,11 +26,12 @@ rank=16 with alpha=32 for its half rank:
 with the file of github.com/AGI-Edgerunners/LLM-Adapters (ft-training_set), some
 170,000 rows thrice; the score is the mean of eight accuracies (of greedy
 answers; the paper's code searches with four beams). They were not run here:
-time and scores are unmeasured, and memory is what `qdora plan` says of one GPU.
-They read their tests, and without that file their training data, from the hub:
-147,580 rows then, which are fewer.
-`quant.format` is 'none' as in the paper; 'nf4' makes QLoRA and QDoRA of them.
-The paper's code learns the tokens of prompts, too, and so do these.
+scores are unmeasured, memory is what `qdora plan` says of one GPU, time what
+its work takes an H100 at half its peak, all rows full (training alone). They
+read their tests, and without that file their training data, from the hub:
+147,580 rows then, which are fewer. `quant.format` is 'none' as in the paper;
+'nf4' makes QLoRA and QDoRA of them. The paper's code learns the tokens of
+prompts, too, and so do these.
 """
 
 import runpy

@@ -8,16 +8,17 @@ be judged elsewhere. The paper's settings: rank 64, alpha 16 on all linear
 layers, batches of 16, 1,875 steps, gradients clipped at .3. Its scores are
 relative to ChatGPT's, judged by GPT-4, of QLoRA: --config.adapter.method=lora.
 
-  form   base        lr    dropout  score   memory there  memory (plan)
-  :7b    LLaMA-7B    2e-4  .1       87.0%   5 GB          7 GB
-  :13b   LLaMA-13B   2e-4  .1       90.4%   10 GB         12 GB
-  :33b   LLaMA-33B   1e-4  .05      97.8%   21 GB         26 GB
-  :65b   LLaMA-65B   1e-4  .05      99.3%   41 GB         48 GB
+  form   base        lr    dropout  score   memory there  time   memory (plan)
+  :7b    LLaMA-7B    2e-4  .1       87.0%   5 GB          0.4 h  7 GB
+  :13b   LLaMA-13B   2e-4  .1       90.4%   10 GB         0.7 h  12 GB
+  :33b   LLaMA-33B   1e-4  .05      97.8%   21 GB         1.7 h  26 GB
+  :65b   LLaMA-65B   1e-4  .05      99.3%   41 GB         3.5 h  48 GB
 
 What `qdora plan` says is of one GPU and 16 microbatches, the optimizer's state
-paged to the host; the paper counts the model alone. None was run here: time and
-scores are unmeasured. Theirs learn every token of a conversation, and so do
-these; they read timdettmers/openassistant-guanaco from the hub.
+paged to the host; the paper counts the model alone. Time is what its work takes
+an H100 at half its peak, all rows full. None was run here: scores are
+unmeasured. Theirs learn every token of a conversation, and so do these; they
+read timdettmers/openassistant-guanaco from the hub.
 
 With no more said, the same of SmolLM2-135M on the 953 conversations of
 ../shared/data. `guanaco.py:tiny` takes 4 steps of a small part of them:

@@ -7,18 +7,19 @@
 epoch, 500 held out; rank 64, 32 examples a step, 2,048 tokens, a constant rate
 of 1e-5. Exact match there, zero-shot, after full fine-tuning, QLoRA and QDoRA:
 
-  form          base          0-shot  full   QLoRA  QDoRA  memory
-  :llama2-7b    Llama-2-7B    .068    .26    .118   .312   14 GB
-  :llama3-8b    Llama-3-8B    .23     .51    .32    .56    17 GB
-  :llama3-70b   Llama-3-70B   (none published)             29 GB
+  form          base          0-shot  full   QLoRA  QDoRA  time    memory
+  :llama2-7b    Llama-2-7B    .068    .26    .118   .312   5.0 h   14 GB
+  :llama3-8b    Llama-3-8B    .23     .51    .32    .56    5.5 h   17 GB
+  :llama3-70b   Llama-3-70B   (none published)             12.5 h  29 GB
 
 Memory is what `qdora plan` says: one GPU, 32 examples in 8 microbatches, and
-each of 4 GPUs for 70B. None was run here: time and score are unmeasured. Asked
-and judged is as there (qdora_jax/tasks.py), but for other 500 rows than theirs.
-Two things to know before comparing: their QLoRA had another scale (.25),
-dropout and initial A than their QDoRA, and one rate was used for all; here both
-get the same scale, and --config.adapter.method=lora is the whole difference.
-Sweep the rate. Their scale is 1: alpha is rank here.
+each of 4 GPUs for 70B; time is what its work takes H100s at half their peak,
+all rows full. None was run here: scores are unmeasured. Asked and judged is as
+there (qdora_jax/tasks.py), but for other 500 rows than theirs. Two things to
+know before comparing: their QLoRA had another scale (.25), dropout and initial
+A than their QDoRA, and one rate was used for all; here both get the same scale,
+and --config.adapter.method=lora is the whole difference. Sweep the rate. Their
+scale is 1: alpha is rank here.
 
 With no more said, the same of SmolLM2-135M on the train split of GSM8K, which
 ../shared/data has and Orca-Math has not. `orca_math.py:tiny` takes 4 steps of a
