@@ -204,7 +204,7 @@ def by_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   Told nothing, XLA may split activations by their features instead, as the
   weights they meet are, and then sum partial products over all devices.
   """
-  if row_parts(len(x), mesh) == 1:
+  if mesh is None or len(x) % _size(mesh, BATCH[0]):
     return x
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
 
