@@ -1,9 +1,9 @@
 """A benchmark's score: a source of data, a model, and what is made of both.
 
-Three ways: by answers (generated, greedily, and judged by the task or compared
-with its references; and how likely the right ones are), by the likelihood of
-choices, and by perplexity. Every figure has a 95% interval: Wilson's for
-shares, by resampling for others (of perplexity: of windows).
+Three ways: by answers (generated, greedily or by beams, and judged by the task
+or compared with its references; and how likely the right ones are), by the
+likelihood of choices, and by perplexity. Every figure has a 95% interval:
+Wilson's for shares, by resampling for others (of perplexity: of windows).
 """
 
 import dataclasses
@@ -70,6 +70,7 @@ def of_run(
   by: By | None = None,
   *,
   base: bool = False,
+  beams: int | None = None,
   **options: Any,
 ) -> Result:
   """Measures a run's model, and says what of the source it was trained on.
@@ -78,6 +79,7 @@ def of_run(
     run: the run.
     source, by: as for `measure`.
     base: takes its base without the adapter.
+    beams: as for `measure`; None: what the run's config says.
     options: others of `measure`.
 
   Raises:
@@ -97,7 +99,10 @@ def of_run(
       trained = [row for some in run.data.train.values() for row in some]
     except (OSError, ValueError) as error:
       notes = [f'whether it overlaps the training set is not known: {error}']
-  found = measure(subject, source, by, trained=trained, **options)
+  if beams is None:
+    beams = run.config.eval.beams
+  options |= {'beams': beams, 'trained': trained}
+  found = measure(subject, source, by, **options)
   return dataclasses.replace(found, notes=[*found.notes, *notes])
 
 
@@ -136,6 +141,7 @@ def measure(
   shots: Sequence[Row] = (),
   batch_size: int = 32,
   max_new_tokens: int = 0,
+  beams: int = 1,
   length: int = 1024,
   trained: Sequence[Row] | None = None,
   progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
@@ -151,6 +157,7 @@ def measure(
     shots: rows shown with their answers before each question.
     batch_size: prompts or texts read at once.
     max_new_tokens: of an answer; 0 for what the task says.
+    beams: 1 answers greedily, more by a beam search.
     length: tokens of a window of perplexity.
     trained: rows the model was trained on: questions that are among them are
       counted.
@@ -177,6 +184,7 @@ def measure(
       shots,
       batch_size,
       max_new_tokens or task.max_new_tokens,
+      beams,
       progress,
     )
   if trained is not None:
@@ -243,7 +251,7 @@ def _by_perplexity(
 
 
 def _by_answers(
-  subject, found, task, shots, batch_size, max_new_tokens, progress
+  subject, found, task, shots, batch_size, max_new_tokens, beams, progress
 ) -> dict[str, Any]:
   said = answers(
     subject.model,
@@ -254,13 +262,15 @@ def _by_answers(
     shots=shots,
     batch_size=batch_size,
     max_new_tokens=max_new_tokens,
+    beams=beams,
     progress=progress,
   )
   pairs = list(zip(found, said, strict=True))
-  notes: list[str] = []
+  notes = [f'searched with {beams} beams'] if beams > 1 else []
   if 'references' in found[0].values:
     wanted = [row.values['references'] for row in found]
-    measures, notes = nlg.compare(said, wanted)
+    measures, more = nlg.compare(said, wanted)
+    notes += more
   else:
     right = sum(row.score(answer) == 1 for row, answer in pairs)
     formed = sum(re.fullmatch(task.pattern, a) is not None for a in said)

@@ -4,7 +4,8 @@
                  [--processes N], or on each machine
                  [--coordinator HOST:PORT --num-processes N --process-id I]
   qdora evaluate --workdir DIR [--shots N]
-                 [--on SOURCE [--by answers|likelihood|perplexity] [--limit N]]
+                 [--on SOURCE [--by answers|likelihood|perplexity] [--limit N]
+                  [--beams N] [--max-new-tokens N]]
                  [--harness TASK,TASK [--include-path DIR]] [--base]
   qdora generate --workdir DIR --prompt TEXT [--max-new-tokens N] [--raw]
                  [--temperature T] [--top-k N] [--top-p P] [--stop TEXT]

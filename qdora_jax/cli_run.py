@@ -79,6 +79,11 @@ def evaluate(argv: list[str]) -> None:
   parser.add_argument('--batch-size', type=int, default=32)
   parser.add_argument('--max-new-tokens', type=int, default=0)
   parser.add_argument(
+    '--beams',
+    type=int,
+    help="of a beam search; 1: greedy; by default the run's",
+  )
+  parser.add_argument(
     '--harness', default='', help='tasks of lm-evaluation-harness, by commas'
   )
   parser.add_argument('--include-path', help='folder of task files for it')
@@ -86,13 +91,7 @@ def evaluate(argv: list[str]) -> None:
     '--base', action='store_true', help='the base, without the adapter'
   )
   known = parser.parse_args(argv)
-  least = {'limit': 0, 'shots': 0, 'max_new_tokens': 0, 'batch_size': 1}
-  for name, at_least in least.items():
-    value = getattr(known, name)
-    if value is not None and value < at_least:
-      raise ValueError(
-        f'--{name.replace("_", "-")}={value}: at least {at_least}'
-      )
+  _check_measured(known, parser)
   from qdora_jax import benchmark
   from qdora_jax.run import load_run
 
@@ -115,6 +114,32 @@ def evaluate(argv: list[str]) -> None:
   _show(score.samples)
 
 
+def _check_measured(
+  known: argparse.Namespace, parser: argparse.ArgumentParser
+) -> None:
+  """Refuses options that are out of range, or that nothing would use."""
+  zero = dict.fromkeys(('limit', 'shots', 'max_new_tokens'), 0)
+  for name, least in (zero | {'batch_size': 1, 'beams': 1}).items():
+    value = getattr(known, name)
+    if value is not None and value < least:
+      raise ValueError(f'--{name.replace("_", "-")}={value}: at least {least}')
+  for name, uses in {
+    'by': ['on'],
+    'seed': ['on'],
+    'max_new_tokens': ['on'],
+    'beams': ['on'],
+    'limit': ['on', 'harness'],
+    'batch_size': ['on', 'harness'],
+    'include_path': ['harness'],
+  }.items():
+    given = getattr(known, name) != parser.get_default(name)
+    if given and not any(getattr(known, use) for use in uses):
+      raise ValueError(
+        f'--{name.replace("_", "-")} is for --{" and --".join(uses)}; rows '
+        'that the run holds out are asked as its config.eval says'
+      )
+
+
 def _benchmark(run: Any, source: str, known: argparse.Namespace) -> None:
   from qdora_jax import benchmark
 
@@ -128,6 +153,7 @@ def _benchmark(run: Any, source: str, known: argparse.Namespace) -> None:
     shots=run.shots(known.shots or 0),
     batch_size=known.batch_size,
     max_new_tokens=known.max_new_tokens,
+    beams=known.beams,
     progress=lambda parts: tqdm.tqdm(parts, source, leave=False, disable=None),
   )
   # First what took long: the folder may be one that cannot be written.

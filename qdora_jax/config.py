@@ -130,6 +130,7 @@ class EvalSection:
   samples: int
   batch_size: int
   max_new_tokens: int
+  beams: int = 1
   benchmarks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -178,6 +179,7 @@ class RunConfig:
       'eval.samples': 0,
       'eval.batch_size': 1,
       'eval.max_new_tokens': 1,
+      'eval.beams': 1,
       'mesh.data': 1,
       'mesh.tensor': 1,
     }

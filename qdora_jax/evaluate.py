@@ -1,6 +1,7 @@
 """Held-out loss, and exact match with confidence intervals."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from qdora_jax.beam import beam_search
 from qdora_jax.chat import CHAT, Format, question_ids
 from qdora_jax.data import Batch
 from qdora_jax.generate import generate
@@ -73,9 +75,10 @@ def exact_match(
   shots: Sequence[Row] = (),
   batch_size: int = 50,
   max_new_tokens: int = 16,
+  beams: int = 1,
   progress: Any = iter,
 ) -> Score:
-  """Answers held-out questions greedily and has them scored.
+  """Answers held-out questions and has them scored.
 
   Args:
     model: the decoder.
@@ -87,6 +90,7 @@ def exact_match(
     shots: rows shown with their answers before each question.
     batch_size: questions answered at once.
     max_new_tokens: an answer's length at most.
+    beams: 1 takes the likeliest token each time, more are a beam search.
     progress: wraps the iterable over batches.
 
   Raises:
@@ -101,6 +105,7 @@ def exact_match(
     shots=shots,
     batch_size=batch_size,
     max_new_tokens=max_new_tokens,
+    beams=beams,
     progress=progress,
   )
   pairs = list(zip(rows, said, strict=True))
@@ -122,9 +127,10 @@ def answers(
   shots: Sequence[Row] = (),
   batch_size: int = 50,
   max_new_tokens: int = 16,
+  beams: int = 1,
   progress: Any = iter,
 ) -> list[str]:
-  """What the model answers to each row's question, greedily.
+  """What the model answers to each row's question.
 
   Args, Raises: as for `exact_match`.
   """
@@ -135,11 +141,14 @@ def answers(
         'an assistant turn at the end (or config.eval.exact_match=False, '
         '--by perplexity)'
       )
+  search = generate
+  if beams > 1:
+    search = functools.partial(beam_search, beams=beams)
   said: list[str] = []
   for start in progress(range(0, len(rows), batch_size)):
     part = rows[start : start + batch_size]
     prompts = [question_ids(tokenizer, row, form, shots) for row in part]
-    ids = generate(
+    ids = search(
       model, params, prompts, max_new_tokens, stop=[tokenizer.eos_token_id]
     )
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -63,10 +63,7 @@ def generate(
     ValueError: for an empty prompt, a temperature without a key, or a number
       out of its range.
   """
-  if not prompts or not all(prompts):
-    raise ValueError('generate: expected prompts of at least one token each')
-  if max_new_tokens < 1:
-    raise ValueError(f'max_new_tokens={max_new_tokens}: expected at least 1')
+  layout = lay_out(params, prompts, max_new_tokens)
   for name, value, fine, expected in (
     ('temperature', temperature, temperature >= 0, 'at least 0'),
     ('top_k', top_k, top_k >= 0, 'at least 0 (all)'),
@@ -76,20 +73,6 @@ def generate(
       raise ValueError(f'{name}={value}: expected {expected}')
   if temperature > 0 and key is None:
     raise ValueError(f'temperature={temperature} needs a PRNG key')
-  # At least one token of each prompt stays behind what is shared.
-  columns = zip(*(p[:-1] for p in prompts), strict=False)
-  alike = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
-  # Lengths in eights, here and below, so that few shapes are compiled.
-  shared = sum(1 for _ in alike) // 8 * 8
-  if by_row(params):
-    shared = 0  # Each row's adapter makes keys and values of its own.
-  rest = [list(p[shared:]) for p in prompts]
-  width = -(-max(map(len, rest)) // 8) * 8
-  tokens = np.zeros((len(rest), width), np.int32)
-  positions = np.full((len(rest), width), NOWHERE, np.int32)
-  for row, ids in enumerate(rest):
-    tokens[row, width - len(ids) :] = ids
-    positions[row, width - len(ids) :] = shared + np.arange(len(ids))
   draw = Draw(temperature > 0, top_k, top_p < 1)
   settings = {
     'temperature': jnp.float32(temperature),
@@ -97,16 +80,7 @@ def generate(
     'key': jax.random.key(0) if key is None else key,
     'stop': jnp.asarray(tuple(stop) or (-1,), jnp.int32),
   }
-  state = _read(
-    model,
-    draw,
-    max_new_tokens,
-    params,
-    settings,
-    jnp.asarray([prompts[0][:shared]], jnp.int32),
-    jnp.asarray(tokens),
-    jnp.asarray(positions),
-  )
+  state = _begin(model, draw, max_new_tokens, params, settings, layout)
   ends = frozenset(stop)
 
   def said(state: State) -> list[list[int]]:
@@ -170,6 +144,49 @@ def generate_text(
   return [text(ids) for ids in said]
 
 
+class Layout(NamedTuple):
+  """Prompts as they are read.
+
+  Attributes:
+    shared_1xP: i32, what all of them begin with.
+    tokens_BxL: i32, the rest of each, padded on the left.
+    positions_BxL: i32; padding is NOWHERE.
+  """
+
+  shared_1xP: jax.Array
+  tokens_BxL: jax.Array
+  positions_BxL: jax.Array
+
+
+def lay_out(
+  params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> Layout:
+  """Checks what is asked for, and lays the prompts out."""
+  if not prompts or not all(prompts):
+    raise ValueError('generate: expected prompts of at least one token each')
+  if max_new_tokens < 1:
+    raise ValueError(f'max_new_tokens={max_new_tokens}: expected at least 1')
+  # At least one token of each prompt stays behind what is shared.
+  columns = zip(*(p[:-1] for p in prompts), strict=False)
+  alike = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
+  # Lengths in eights, here and below, so that few shapes are compiled.
+  shared = sum(1 for _ in alike) // 8 * 8
+  if by_row(params):
+    shared = 0  # Each row's adapter makes keys and values of its own.
+  rest = [list(p[shared:]) for p in prompts]
+  width = -(-max(map(len, rest)) // 8) * 8
+  tokens = np.zeros((len(rest), width), np.int32)
+  positions = np.full((len(rest), width), NOWHERE, np.int32)
+  for row, ids in enumerate(rest):
+    tokens[row, width - len(ids) :] = ids
+    positions[row, width - len(ids) :] = shared + np.arange(len(ids))
+  return Layout(
+    jnp.asarray([prompts[0][:shared]], jnp.int32),
+    jnp.asarray(tokens),
+    jnp.asarray(positions),
+  )
+
+
 class Draw(NamedTuple):
   """How a token is chosen; part of the program."""
 
@@ -199,37 +216,55 @@ def pick(
   return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _read(
-  model, draw, most, params, settings, prefix_1xP, tokens_BxL, positions_BxL
-):
-  """The state after the first new token, with room for `most` of them."""
-  batch, width = tokens_BxL.shape
-  shared = prefix_1xP.shape[1]
+def read(
+  model: Decoder, params: Any, layout: Layout, most: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """What the model makes of some prompts.
+
+  Returns:
+    hidden states of the last tokens, [B, 1, D], and a cache with room for
+    `most` more.
+  """
+  shared, (batch, width) = layout.shared_1xP.shape[1], layout.tokens_BxL.shape
   variables = {'params': params}
   cache = init_cache(model.config, 1, shared + width + most, model.dtype)
   if shared:
-    _, cache = model.apply(variables, prefix_1xP, cache=cache, method='hidden')
+    _, cache = model.apply(
+      variables, layout.shared_1xP, cache=cache, method='hidden'
+    )
+  hidden, cache = model.apply(
+    variables,
+    layout.tokens_BxL,
+    layout.positions_BxL,
+    cache=choose(cache, jnp.zeros(batch, jnp.int32)),
+    method='hidden',
+  )
+  return hidden[:, -1:], cache
 
-  def spread(a: jax.Array, axis: int) -> jax.Array:
-    return jnp.repeat(a, batch, axis=axis)
 
-  cache = {
-    'k': spread(cache['k'], 1),
-    'v': spread(cache['v'], 1),
-    'positions': spread(cache['positions'], 0),
+def choose(
+  cache: dict[str, jax.Array], rows: jax.Array
+) -> dict[str, jax.Array]:
+  """A cache of some of a cache's rows, once or more each."""
+  return {
+    'k': jnp.take(cache['k'], rows, axis=1),
+    'v': jnp.take(cache['v'], rows, axis=1),
+    'positions': jnp.take(cache['positions'], rows, axis=0),
     'index': cache['index'],
   }
-  hidden, cache = model.apply(
-    variables, tokens_BxL, positions_BxL, cache=cache, method='hidden'
-  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _begin(model, draw, most, params, settings, layout):
+  """The state after the first new token, with room for `most` of them."""
+  hidden, cache = read(model, params, layout, most)
   first = _next(model, draw, params, settings, hidden, jnp.int32(0))
   return {
     'count': jnp.int32(1),
     'token': first,
     'done': _ended(first, settings),
-    'new': jnp.zeros((batch, most), jnp.int32).at[:, 0].set(first),
-    'last': positions_BxL[:, -1:],
+    'new': jnp.zeros((len(first), most), jnp.int32).at[:, 0].set(first),
+    'last': layout.positions_BxL[:, -1:],
     'cache': cache,
   }
 
@@ -268,10 +303,9 @@ def _go_on(model, draw, params, settings, state, until):
   return jax.lax.while_loop(more, step, state)
 
 
-def _next(model, draw, params, settings, hidden_BxLxD, n):
-  """Token n, from the last of some places."""
-  last = hidden_BxLxD[:, -1:]
-  logits = model.apply({'params': params}, last, method='unembed')[:, 0]
+def _next(model, draw, params, settings, hidden_Bx1xD, n):
+  """Token n."""
+  logits = model.apply({'params': params}, hidden_Bx1xD, method='unembed')[:, 0]
   return pick(logits, draw, settings, n)
 
 

@@ -262,6 +262,7 @@ class Run:
       shots=self.shots(shots),
       batch_size=config.eval.batch_size,
       max_new_tokens=config.eval.max_new_tokens,
+      beams=config.eval.beams,
       progress=lambda parts: _bar(parts, label),
     )
     return dataclasses.replace(score, **measured)

@@ -13,12 +13,12 @@ source. A task turns a record into a row with
 The eight commonsense tasks are posed as in the DoRA paper's code base, which
 took them from LLM-Adapters (Hu et al. 2023, arXiv 2304.01933): an instruction
 that ends in the answer's form, and 'the correct answer is option2' to learn.
-Scored is the first word of that form in what the model says, upper and lower
-case told apart: none is a wrong answer. Answers are greedy, where that code
-searches with four beams, and looked through whole, where it takes what follows
-another '### Response:'. Prompts of HellaSwag keep WikiHow's marks ([header],
-[title]), as there, if the file has them. Contexts of choices are those of
-lm-evaluation-harness.
+Scored is the first word of that form in what the model says (after its last
+'### Response:', if it says that), upper and lower case told apart: none is a
+wrong answer. That code searches with four beams, and so does commonsense.py
+(config.eval.beams=4; `qdora evaluate --beams 4`). Prompts of HellaSwag keep
+WikiHow's marks ([header], [title]), as there, if the file has them. Contexts of
+choices are those of lm-evaluation-harness.
 
 Numbers (GSM8K): of what stands after the last '####', or of the whole answer
 without one, the last number counts, its commas and a closing point left out;
@@ -240,6 +240,9 @@ def _published(record: Record) -> list[dict[str, Any]]:
   ]
 
 
+_RESPONSE = '### Response:'
+
+
 def _choosing(
   pose: Callable[[Record], list[dict[str, Any]]], words: str
 ) -> Task:
@@ -249,10 +252,12 @@ def _choosing(
     return (_published if 'instruction' in record else pose)(record)
 
   def right(answer: str, values: Mapping[str, Any]) -> bool:
-    found = re.search(words, answer)
+    found = re.search(words, answer.rpartition(_RESPONSE)[2])
     return found is not None and found[0] == values['answer']
 
-  return Task(rows, right, f'(?s).*({words}).*', 32)
+  # A word that no further response follows.
+  form = f'(?s).*({words})(?!.*{_RESPONSE}).*'
+  return Task(rows, right, form, 32)
 
 
 # --- Numbers ---

@@ -86,6 +86,12 @@ def test_evaluating_on_a_source(workdir, tmp_path, capsys, monkeypatch):
   models = [entry['model'] for entry in folder.benchmarks(workdir)]
   assert models == ['last', 'base', 'last']
 
+  # A beam search, if it is asked for.
+  assert cli.main([*words, '--on', source, '--beams', '3']) == 0
+  assert 'searched with 3 beams' in capsys.readouterr().out
+  assert folder.benchmarks(workdir)[-1]['notes'][0] == 'searched with 3 beams'
+  assert len(folder.benchmarks(workdir)) == 3
+
   # What was measured is shown, wherever it cannot be kept.
   def full(path, values):
     raise OSError('no space')
@@ -97,6 +103,9 @@ def test_evaluating_on_a_source(workdir, tmp_path, capsys, monkeypatch):
   assert len(folder.benchmarks(workdir)) == 3
   assert cli.main([*words, '--on', source, '--batch-size', '0']) == 1
   assert '--batch-size=0: at least 1' in capsys.readouterr().err
+  for option in ('--beams', '--limit', '--max-new-tokens', '--seed'):
+    assert cli.main([*words[:3], option, '2']) == 1
+    assert f'{option} is for --on' in capsys.readouterr().err
   assert cli.main([*words, '--on', 'gsm9k:nothing']) == 1
   assert "no task 'gsm9k'; near: gsm8k" in capsys.readouterr().err
   assert cli.main([*words, '--on', 'gsm8k:gone.jsonl']) == 1

@@ -217,7 +217,7 @@ def test_a_folder_of_an_earlier_version_is_the_same_run():
     'adapter': {'init': 'kaiming', 'projection_seed': 0},
     'train': {'keep_last': 2, 'keep_best': 0, 'ignore_plan': False},
     'optim': {'paged': 'none'},
-    'eval': {'benchmarks': {}},
+    'eval': {'benchmarks': {}, 'beams': 1},
   }
   now = RunConfig.make(values)
   for section, keys in added.items():

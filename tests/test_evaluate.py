@@ -7,6 +7,7 @@ import tiny
 from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import chat, data, evaluate
+from qdora_jax.beam import beam_search
 from qdora_jax.evaluate import Score
 from qdora_jax.intervals import wilson
 from qdora_jax.rows import Row
@@ -122,6 +123,19 @@ def test_exact_match_counts_right_and_wellformed_answers(monkeypatch):
   assert calls[0][2][0] == 'u:0+0=\na:'
   for model, params, _, count, stop in calls:
     assert (model, params, count, stop) == ('model', 'params', 7, [tiny.EOS])
+
+
+def test_answers_of_a_beam_search():
+  model, params, tokenizer = tiny.loaded(tied=False)
+  rows = [Row({'prompt': f'{n}+1=', 'completion': '2'}) for n in range(4)]
+  greedy, searched = (
+    evaluate.answers(model, params, tokenizer, rows, beams=beams)
+    for beams in (1, 3)
+  )
+  ids = [chat.question_ids(tokenizer, row, chat.CHAT) for row in rows]
+  want = beam_search(model, params, ids, 16, beams=3, stop=[tiny.EOS])
+  texts = tokenizer.batch_decode(want, skip_special_tokens=True)
+  assert searched == [text.strip() for text in texts] != greedy
 
 
 def test_solved_problems_stand_before_each_question(monkeypatch):

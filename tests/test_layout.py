@@ -18,7 +18,7 @@ FLOORS = {
   4: ('cli_run', 'cli_many', 'cli'),
 }
 FLOORS[2] += ('placement', 'sight', 'flash')
-FLOORS[3] += ('loss', 'train', 'intervals', 'generate', 'evaluate', 'report')
+FLOORS[3] += ('loss', 'train', 'intervals', 'generate', 'beam', 'evaluate')
 FLOORS[3] += (
   'config_file',
   'tasks',
@@ -26,6 +26,7 @@ FLOORS[3] += (
   'likelihood',
   'nlg',
   'benchmark',
+  'report',
 )
 FLOORS[3] += ('harness', 'fastchat', 'sweep', 'findings', 'runs')
 FLOORS[3] += ('analysis', 'study', 'pictures', 'trackers')

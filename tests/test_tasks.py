@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 import tiny
@@ -149,21 +150,27 @@ def test_records_as_the_hub_has_them(name):
 
 
 @pytest.mark.parametrize(
-  'answer, right',
+  'answer, formed, right',
   [
-    ('the correct answer is answer2', 1),
+    ('the correct answer is answer2', 1, 1),
     # The first that is named counts.
-    ('answer2, not answer1', 1),
-    ('answer1, not answer2', 0),
+    ('answer2, not answer1', 1, 1),
+    ('answer1, not answer2', 1, 0),
     # Lower case alone is looked for.
-    ('Answer2', 0),
-    ('', 0),
-    ('answer9', 0),
+    ('Answer2', 0, 0),
+    ('', 0, 0),
+    ('answer9', 0, 0),
+    # In the last response alone, if the model goes on to another.
+    ('answer1\n\n### Response:\nanswer2', 1, 1),
+    ('answer2\n\n### Response:\nanswer1', 1, 0),
+    ('answer2\n\n### Response:\n', 0, 0),
   ],
 )
-def test_the_answer_is_the_first_word_of_its_form(answer, right):
+def test_the_answer_is_the_first_word_of_its_form(answer, formed, right):
   values = {'answer': 'answer2', 'completion': 'the correct answer is answer2'}
-  assert tasks.find('siqa').score(values, answer) == right
+  siqa = tasks.find('siqa')
+  assert siqa.score(values, answer) == right
+  assert bool(re.fullmatch(siqa.pattern, answer)) == formed
 
 
 @pytest.mark.parametrize(

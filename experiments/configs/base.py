@@ -164,6 +164,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Its KV cache is what evaluation costs in memory.
   config.eval.batch_size = 50
   config.eval.max_new_tokens = 16
+  # Of a beam search for answers; 1 takes the likeliest token each time.
+  config.eval.beams = 1
   # What the trained model is measured on besides, {'boolq:FILE': rows, 0 for
   # all}: see qdora_jax/benchmark.py.
   config.eval.benchmarks = {}
