@@ -16,7 +16,8 @@
   qdora sweep    FILE --out DIR [--config.section.key=value ...] [--isolate]
   qdora runs     DIR ... [--compare] [--history]
   qdora analyze  DIR ... --out DIR
-  qdora analyze  --model NAME [--text FILE [--limit CHARACTERS]] --out DIR
+  qdora analyze  --model NAME [--text FILE [--limit CHARACTERS] | --own TEXTS]
+                 --out DIR
 
 evaluate, generate and export take --checkpoint last|best|STEP: the newest one
 otherwise.

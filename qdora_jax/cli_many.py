@@ -152,13 +152,19 @@ def analyze(argv: list[str]) -> None:
   parser.add_argument(
     '--limit', type=int, default=0, help='characters of it; 0 for all'
   )
+  parser.add_argument(
+    '--own',
+    type=int,
+    default=0,
+    help='so many texts that the model writes itself, instead of --text',
+  )
   parser.add_argument('--targets', default=ALL_LINEAR)
   parser.add_argument('--out', type=Path, required=True)
   known = parser.parse_args(argv)
   if bool(known.folders) == bool(known.model):
     parser.error('expected run folders, or --model NAME')
-  if known.folders and (known.text or known.limit):
-    parser.error('--text and --limit are of --model NAME')
+  if known.folders and (known.text or known.limit or known.own):
+    parser.error('--text, --limit and --own are of --model NAME')
   from qdora_jax import study
 
   if known.folders:
@@ -170,6 +176,7 @@ def analyze(argv: list[str]) -> None:
       known.text,
       targets=known.targets,
       limit=known.limit,
-      progress=functools.partial(tqdm.tqdm, leave=False),
+      own=known.own,
+      progress=functools.partial(tqdm.tqdm, leave=False, disable=None),
     )
   print(f'{text}\ntables and pictures: {known.out}')

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,7 +28,8 @@ from qdora_jax import (
   runs,
 )
 from qdora_jax.analysis import Change, Format
-from qdora_jax.intervals import Mean, bootstrap
+from qdora_jax.generate import generate
+from qdora_jax.intervals import Mean, Measure, bootstrap
 from qdora_jax.linear import materialize
 from qdora_jax.pretrained import load_pretrained
 from qdora_jax.report import markdown_table
@@ -195,10 +197,14 @@ def of_weights(
   targets: str,
   formats: Sequence[Format] = FORMATS,
   limit: int = 0,
+  own: int = 0,
   length: int = 512,
   progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> str:
-  """Writes formats.md and formats.png.
+  """Writes formats.md and formats.png, and own.txt.
+
+  Of a text that the model writes itself (at temperature 1) the loss added by a
+  format is the divergence from the model before, and cannot be below zero.
 
   Args:
     name: a model, as for `load_pretrained`.
@@ -208,58 +214,93 @@ def of_weights(
     targets: regex over whole names: kernels to be stored.
     formats: ways of storing them.
     limit: characters of the text read; 0 for all.
-    length: tokens that a window of it has.
+    own: takes so many texts that the model writes itself, instead.
+    length: tokens that a window of the text has, and each of those.
     progress: wraps the iterable over batches.
 
   Returns:
     The text of formats.md.
 
   Raises:
-    ValueError: if targets match nothing, or nothing that could be stored so.
+    ValueError: if targets match nothing, or nothing that could be stored so;
+      for both a text and texts of its own.
   """
+  if text and own:
+    raise ValueError(f'text={text!r} and own={own}: expected one of them')
   # At the door, before a model is loaded.
   whole = rows.as_text(rows.read(text))[: limit or None] if text else ''
   model, params, tokenizer = load_pretrained(name)
   out.mkdir(parents=True, exist_ok=True)
+  pairs: Sequence[likelihood.Pair] = []
+  first = likelihood.first_token(tokenizer)
+  if whole:
+    ids = tokenizer.encode(whole, add_special_tokens=False)
+    pairs = list(likelihood.windows(ids, first, length))
+  elif own:
+    said = own_texts(model, params, first, own, length)
+    pairs = [([first], ids) for ids in said]
+    folder.write_text(out / 'own.txt', '\n\n'.join(map(tokenizer.decode, said)))
 
-  def nats(tree: Any) -> likelihood.Perplexity | None:
-    if not whole:
-      return None
-    return likelihood.perplexity(
-      model, tree, tokenizer, whole, length=length, progress=progress
+  def nats(tree: Any) -> np.ndarray:
+    """(nats, tokens) of each window, f64 [N, 2]."""
+    found = likelihood.log_likelihoods(
+      model, tree, pairs, batch_size=4, progress=progress
     )
+    return np.array([(-one.nats, one.tokens) for one in found])
 
-  before = nats(params)
+  before = nats(params) if pairs else None
   lines = [['format', 'bits a weight', 'error']]
-  lines[0] += ['perplexity by token', 'times that of float32'] if before else []
   lines.append(['float32', '32', '0'])
-  if before:
-    lines[1] += [f'{before.by_token:.4g}', '1']
+  if before is not None:
+    lines[0] += ['perplexity by token', 'times that of float32']
+    lines[1] += [str(_perplexity(before)), '1']
   for form in formats:
     tree, error = form.tree(params, targets)
     lines.append([str(form), f'{form.bits:.3f}', f'{error:.2%}'])
-    if before:
-      lines[-1] += [*_against(nats(tree), before)]
-  text = f'# {name} in four bits\n\n' + markdown_table(lines)
+    if before is not None:
+      after = nats(tree)
+      ratio = _perplexity(after - before * [[1, 0]])
+      lines[-1] += [str(_perplexity(after)), str(ratio)]
+  title = Path(name).name if Path(name).is_dir() else name
+  text = f'# {title} in four bits\n\n' + markdown_table(lines)
+  stays: dict[str, list[str]] = {}
   for form in formats:
-    left = unquantized(params, form.spec(targets))
-    text += ''.join(f'\n{form}: {path} stays: {left[path]}\n' for path in left)
+    for path, why in unquantized(params, form.spec(targets)).items():
+      stays.setdefault(f'{path} stays: {why}', []).append(str(form))
+  text += ''.join(f'\n{"; ".join(stays[one])}: {one}\n' for one in stays)
   text += _normality(params, targets)
   folder.write_text(out / 'formats.md', text)
   pictures.formats(scaled(params, targets), out / 'formats.png')
   return text
 
 
-def _against(
-  after: likelihood.Perplexity, before: likelihood.Perplexity
-) -> tuple[str, str]:
-  """Perplexity, and its ratio with an interval by resampling windows."""
-  more = np.array(after.nats) - np.array(before.nats)
-  tokens = np.array(after.tokens)
-  ratio = bootstrap(
-    lambda at: math.exp(more[at].sum() / tokens[at].sum()), len(tokens)
-  )
-  return f'{after.by_token:.4g}', str(ratio)
+def own_texts(
+  model: Any, params: Any, first: int, count: int, length: int
+) -> list[list[int]]:
+  """Texts that a model writes itself at temperature 1, as ids.
+
+  Args:
+    model, params: as for `generate`.
+    first: the id that each begins after.
+    count: of texts.
+    length: ids of each; the model's own ends of a text are among them.
+  """
+  said: list[list[int]] = []
+  for n in range(0, count, 32):
+    key = jax.random.fold_in(jax.random.key(0), n)
+    prompts = [[first]] * min(32, count - n)
+    said += generate(model, params, prompts, length, temperature=1.0, key=key)
+  return said
+
+
+def _perplexity(sums_Nx2: np.ndarray) -> Measure:
+  """Of windows' nats and tokens; of more nats, how many times as much."""
+
+  def value(at: np.ndarray) -> float:
+    nats, tokens = sums_Nx2[at].sum(0)
+    return math.exp(nats / tokens)
+
+  return bootstrap(value, len(sums_Nx2))
 
 
 def _normality(params: Any, targets: str) -> str:

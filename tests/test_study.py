@@ -128,10 +128,12 @@ def test_of_weights(tmp_path, capsys):
     _, error = form.tree(params, '.*/(q|up)/kernel')
     (row,) = re.findall(rf'\| {re.escape(str(form))} \|.*', written)
     assert f'{error:.2%}' in row
-    perplexity, ratio, low, high = map(
+    perplexity, least, most, ratio, low, high = map(
       float, re.findall(r'[\d.]+', row.split('%')[1])
     )
-    assert low <= ratio <= high
+    assert least <= perplexity <= most and low <= ratio <= high
+    # The same windows are drawn again for both.
+    assert high - low < (most - least) / perplexity
     (whole,) = re.findall(r'\| float32 \| 32 \| 0 \| ([\d.]+)', written)
     assert perplexity / float(whole) == pytest.approx(ratio, rel=2e-3)
   assert 'layers/mlp/up/kernel' in written
@@ -141,6 +143,24 @@ def test_of_weights(tmp_path, capsys):
   assert cli.main(gone) == 1
   assert 'gone.txt' in capsys.readouterr().err
   assert not (tmp_path / 'none').exists()
+
+
+def test_a_text_of_its_own(tmp_path):
+  """Each is what it was when it was written, and no format reads it better."""
+  model = tiny.write(tmp_path / 'model', tied=False)
+  written = study.of_weights(
+    str(model), tmp_path, own=40, length=32, targets='.*/(q|up|down)/kernel'
+  )
+  ratios = re.findall(r'\| ([\d.]+) \([\d.]+ to [\d.]+\) \|$', written, re.M)
+  assert len(ratios) == 4 and min(map(float, ratios)) > 1
+  decoder, params, tokenizer = tiny.loaded(tied=False)
+  said = study.own_texts(decoder, params, 1, 40, 32)
+  assert {len(ids) for ids in said} == {32}
+  assert len(set(map(tuple, said))) == 40
+  texts = '\n\n'.join(map(tokenizer.decode, said))
+  assert (tmp_path / 'own.txt').read_text() == texts
+  with pytest.raises(ValueError, match="text='a' and own=2: expected one"):
+    study.of_weights(str(model), tmp_path, 'a', own=2, targets='.*')
 
 
 def test_what_a_format_leaves_is_named(tmp_path):
