@@ -52,6 +52,7 @@ class DataSection:
   packing: bool
   too_long: Literal['drop', 'truncate']
   learn_prompts: bool = False
+  train_rows: Literal['first', 'random'] = 'first'
 
   def format(self) -> Format:
     return Format(self.template, self.system, self.instruction)

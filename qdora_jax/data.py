@@ -99,6 +99,8 @@ def _split(
   order = np.random.default_rng(section.seed).permutation(len(found))
   apart = rows.distinct(found[n] for n in order)[:share]
   places = {row.place for row in apart}
+  if section.train_rows == 'random':
+    found = [found[n] for n in order]
   rest = [row for row in found if row.place not in places]
   return apart, rest[: section.train_size or None]
 

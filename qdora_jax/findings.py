@@ -21,7 +21,7 @@ from qdora_jax import folder, paths
 from qdora_jax.intervals import Mean
 from qdora_jax.metrics import read_log
 from qdora_jax.report import markdown_table, save_figure
-from qdora_jax.sweep import ALONE, LABEL, SEED, Point, Sweep, done, name_of
+from qdora_jax.sweep import ALONE, LABEL, SEEDS, Point, Sweep, done, name_of
 
 
 def results(workdir: Path) -> dict[str, float]:
@@ -46,7 +46,7 @@ def results(workdir: Path) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Points that differ in their seed alone: what they are, figures by seed."""
+  """Points that differ in their seeds alone: what they are, figures by seed."""
 
   point: Point
   rows: Mapping[Any, Mapping[str, float]]
@@ -98,9 +98,10 @@ def read_table(sweep: Sweep, path: str | Path) -> list[Group]:
 def _grouped(found: Iterable[tuple[Point, dict[str, float]]]) -> list[Group]:
   together: dict[str, Group] = {}
   for point, figures in found:
-    rest = {k: v for k, v in point.items() if k != SEED}
+    rest = {k: v for k, v in point.items() if k not in SEEDS}
     group = together.setdefault(name_of(rest), Group(rest, {}))
-    group.rows[point[SEED] if SEED in point else None] = figures
+    seed = next((point[key] for key in SEEDS if key in point), None)
+    group.rows[seed] = figures
   return list(together.values())
 
 
@@ -141,7 +142,7 @@ def paired(sweep: Sweep, found: Sequence[Group]) -> list[Group]:
       own = values.setdefault(point.get(LABEL, ''), {})
       own.setdefault(key, set()).add(str(value))
   varied = {key for own in values.values() for key in own if len(own[key]) > 1}
-  varied -= {SEED, *sweep.over}
+  varied -= {*SEEDS, *sweep.over}
   by_label: dict[str, list[Group]] = {}
   for group in found:
     by_label.setdefault(group.point.get(LABEL, ''), []).append(group)

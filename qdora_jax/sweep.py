@@ -49,7 +49,8 @@ from qdora_jax.opening import mesh_of, settled
 Point = dict[str, Any]
 # A point's word for itself, in no config.
 LABEL = 'label'
-SEED = 'seed'
+# Keys whose values are repetitions of one thing, not things to be compared.
+SEEDS = ('seed', 'data.seed')
 # In the folder of a run that had a process to itself: its peak memory is its
 # own, and not that of a point before it.
 ALONE = 'alone'

@@ -213,7 +213,7 @@ def test_a_folder_of_an_earlier_version_is_the_same_run():
   added = {name: later(section) for name, section in sections.items()}
   assert added == {
     'model': {'attention': 'auto'},
-    'data': {'learn_prompts': False},
+    'data': {'learn_prompts': False, 'train_rows': 'first'},
     'adapter': {'init': 'kaiming', 'projection_seed': 0},
     'train': {'keep_last': 2, 'keep_best': 0, 'ignore_plan': False},
     'optim': {'paged': 'none'},

@@ -110,6 +110,22 @@ def test_differences_are_seed_by_seed():
   assert str(second.means['loss']) == '0.5 ± 0'
 
 
+def test_rows_drawn_anew_are_repetitions_too(tmp_path):
+  """What differs in its seeds alone is one thing, of the training and data."""
+  file = tmp_path / 'table.csv'
+  points = product(
+    zipped({'seed': [0, 1], 'data.seed': [0, 1]}), grid('adapter.rank', [1, 2])
+  )
+  lines = [f'"{sweep.name_of(p)}",{n}.0' for n, p in enumerate(points)]
+  file.write_text('\n'.join(['point,held-out loss', *lines]))
+  found = findings.read_table(Sweep('?', 'c.py', points), file)
+  assert [group.point for group in found] == [
+    {'adapter.rank': 1},
+    {'adapter.rank': 2},
+  ]
+  assert found[0].rows == {0: {'held-out loss': 0}, 1: {'held-out loss': 2}}
+
+
 def test_what_is_tuned_is_plotted_at_its_best(tmp_path, monkeypatch):
   axes = []
   real = findings._lines

@@ -56,8 +56,10 @@ def get_config() -> ml_collections.ConfigDict:
   # What a well-formed answer looks like; the share of those is reported.
   config.data.answer_pattern = r'.+'
   config.data.seed = 0
-  # Rows to train on, a file's first; 0 takes all, and makes 1000 of a task.
+  # Rows to train on; 0 takes all, and makes 1000 of a task.
   config.data.train_size = 0
+  # Which ones of a file: its 'first', or 'random' ones, drawn by data.seed.
+  config.data.train_rows = 'first'
   # Rows to evaluate on, before and after; 0 for no evaluation.
   config.data.eval_size = 200
   # Lays several examples into one row of train.seq_len tokens; they cannot see
