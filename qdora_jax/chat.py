@@ -216,7 +216,8 @@ def bos(tokenizer: Any) -> list[int]:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-  return tokenizer.encode(text, add_special_tokens=False)
+  # Not verbose: what is longer than a row is counted, and said, by the data.
+  return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def _render(

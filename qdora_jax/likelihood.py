@@ -205,7 +205,7 @@ def perplexity(
   """
   if not 1 <= context <= length:
     raise ValueError(f'context={context}: expected 1 to length={length} tokens')
-  ids = tokenizer.encode(text, add_special_tokens=False)
+  ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
   if not ids:
     raise ValueError('perplexity: the text is empty')
   pairs = list(windows(ids, first_token(tokenizer), length, context))

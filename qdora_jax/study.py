@@ -234,7 +234,7 @@ def of_weights(
   pairs: Sequence[likelihood.Pair] = []
   first = likelihood.first_token(tokenizer)
   if whole:
-    ids = tokenizer.encode(whole, add_special_tokens=False)
+    ids = tokenizer.encode(whole, add_special_tokens=False, verbose=False)
     pairs = list(likelihood.windows(ids, first, length))
   elif own:
     said = own_texts(model, params, first, own, length)
