@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
   # orbax logs a traceback of what it raises; it is told once, here.
   absl.logging.set_verbosity(absl.logging.FATAL)
   compiled.keep()
+  compiled.tidy()
   place = processes.here()
   if place is None:
     return _run(commands[argv[0]], argv)

@@ -51,6 +51,36 @@ def settings(monkeypatch, tmp_path):
   compilation_cache.reset_cache()
 
 
+TIDY = """
+import jax, jax.numpy as jnp
+from qdora_jax import cli, compiled
+
+class Libc:
+  def malloc_trim(self, pad):
+    print('trimmed', pad)
+
+compiled.ctypes = type('', (), {'CDLL': lambda _: Libc()})
+x = jnp.ones(3)
+for _ in range(2):
+  assert cli.main(['runs', 'nowhere']) == 1
+for compiled.LONG in (0.0, 1e9):
+  jax.jit(lambda x: x + compiled.LONG)(x).block_until_ready()
+  print('compiled')
+"""
+
+
+def test_what_compiling_leaves_is_given_back(tmp_path):
+  """Once, after what took long; the command line sees to it."""
+  found = subprocess.run(
+    [sys.executable, '-c', TIDY],
+    capture_output=True,
+    text=True,
+    check=True,
+    env={**os.environ, 'QDORA_CACHE': str(tmp_path)},
+  )
+  assert found.stdout == 'trimmed 0\ncompiled\ncompiled\n'
+
+
 def test_programs_are_kept_and_taken_again(settings, tmp_path, monkeypatch):
   monkeypatch.setattr(compiled, 'SECONDS', 0.0)
   compiled.keep()

@@ -20,6 +20,7 @@ import turns
 from qdora_jax import (
   AdapterSpec,
   QuantSpec,
+  compiled,
   init_adapter,
   load_pretrained,
   norms,
@@ -74,11 +75,11 @@ def make(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
   state = [trained, optimizer.init(trained)]
   fixed, key = jax.jit(norms)(base, trained), jax.random.key(0)
   began = time.perf_counter()
-  compiled = step.lower(*state, base, fixed, batch, key).compile()
+  program = step.lower(*state, base, fixed, batch, key).compile()
   seconds = time.perf_counter() - began
 
   def once() -> float:
-    state[0], state[1], seen = compiled(*state, base, fixed, batch, key)
+    state[0], state[1], seen = program(*state, base, fixed, batch, key)
     return float(seen['loss'])
 
   return once, {'loss': once(), 'compile': seconds}
@@ -93,4 +94,6 @@ def peak() -> dict[str, int]:
 
 if __name__ == '__main__':
   args = argparse.Namespace(**json.loads(sys.argv[1]))
+  # As the command line does.
+  compiled.tidy()
   turns.serve(lambda: make(args), peak)
