@@ -104,7 +104,22 @@ def _chunks(array_BxC: jax.Array, count: int) -> jax.Array:
   return parts.swapaxes(0, 1)
 
 
-def _chunk_loss(model, head, hidden_BxCxD, labels_BxC, weights_BxC):
+def _numbered(head: Tree, *chunks: jax.Array) -> tuple[Any, ...]:
+  """Chunks with their numbers, if dropout in the head asks for them."""
+  drops = any(map(_is_key, jax.tree.leaves(head)))
+  return jnp.arange(len(chunks[0])) if drops else None, *chunks
+
+
+def _is_key(leaf: jax.Array) -> bool:
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _chunk_loss(model, head, number, hidden_BxCxD, labels_BxC, weights_BxC):
+  # Each chunk is dropped out by a mask of its own.
+  head = jax.tree.map(
+    lambda leaf: jax.random.fold_in(leaf, number) if _is_key(leaf) else leaf,
+    head,
+  )
   # Split by rows, and so is its gradient: else XLA gathers that of the logits.
   hidden_BxCxD = by_batch(hidden_BxCxD, model.mesh)
   logits = model.apply({'params': head}, hidden_BxCxD, method='unembed')
@@ -119,7 +134,7 @@ def _in_chunks(model, head, hidden_NxBxCxD, labels_NxBxC, weights_NxBxC):
   def add(sum_, chunk):
     return sum_ + _chunk_loss(model, head, *chunk), None
 
-  chunks = (hidden_NxBxCxD, labels_NxBxC, weights_NxBxC)
+  chunks = _numbered(head, hidden_NxBxCxD, labels_NxBxC, weights_NxBxC)
   return jax.lax.scan(add, jnp.float32(0), chunks)[0]
 
 
@@ -130,7 +145,7 @@ def _in_chunks_forward(model, head, hidden, labels, weights):
   moving = {n: v.value for n, v in enumerate(leaves) if v.perturbed}
   fixed = {n: v for n, v in enumerate(values) if n not in moving}
   # Of a key every device would draw the same mask for its rows.
-  keys = any(jnp.issubdtype(v.dtype, jax.dtypes.prng_key) for v in values)
+  keys = any(map(_is_key, values))
   apart = row_parts(hidden.value.shape[1], model.mesh) > 1 and not keys
   reader = model.clone(mesh=None) if apart else model
 
@@ -139,7 +154,7 @@ def _in_chunks_forward(model, head, hidden, labels, weights):
     head = tree.unflatten([mixed[n] for n in range(len(leaves))])
     return _chunk_loss(reader, head, *chunk)
 
-  gradient = jax.value_and_grad(loss, (0, 2))
+  gradient = jax.value_and_grad(loss, (0, 3))
 
   def summed(given, chunks):
     zero, moving, fixed = given
@@ -155,7 +170,7 @@ def _in_chunks_forward(model, head, hidden, labels, weights):
   # Sums of many chunks, and of devices, are float32.
   zeros = {n: jnp.zeros(v.shape, jnp.float32) for n, v in moving.items()}
   zero = jnp.float32(0), zeros
-  chunks = (hidden.value, labels.value, weights.value)
+  chunks = _numbered(values, hidden.value, labels.value, weights.value)
   (value, sums), d_hidden = summed((zero, moving, fixed), chunks)
   d_head = {n: sums[n].astype(v.dtype) for n, v in moving.items()}
   d_head = [d_head[n] if n in moving else None for n in range(len(leaves))]

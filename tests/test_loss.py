@@ -264,6 +264,35 @@ def test_dropout_of_the_head_differs_by_row_on_a_mesh_too():
   assert abs(got[0] - got[1]) > 1e-3
 
 
+@pytest.mark.parametrize('dropout', [0.0, 0.5])
+def test_dropout_of_the_head_differs_by_chunk(dropout):
+  """Of one token over and over, each chunk drops other entries."""
+  model, params, _ = tiny.loaded(tied=False)
+  spec = AdapterSpec('lora', rank=4, targets=HEAD, dropout=dropout)
+  adapter = tiny.perturbed(init_adapter(jax.random.key(0), params, spec))
+  head = attach(params, adapter, dropout_key=jax.random.key(1))['lm_head']
+  token = jax.random.normal(jax.random.key(2), (model.config.width,))
+  hidden = jnp.broadcast_to(token, (3, 2, 4, *token.shape))
+  labels = jnp.full((3, 2, 4), 7)
+
+  def of(hidden, weights):
+    return loss._in_chunks(model, {'lm_head': head}, hidden, labels, weights)
+
+  ones = jnp.ones((3, 2, 4))
+  grads = np.asarray(jax.grad(of)(hidden, ones))
+  # Of the value, too, undifferentiated and not.
+  only = [ones * (np.arange(3) == n)[:, None, None] for n in range(3)]
+  values = [float(of(hidden, weights)) for weights in only]
+  same = [float(jax.value_and_grad(of)(hidden, w)[0]) for w in only]
+  np.testing.assert_allclose(values, same, rtol=1e-5)
+  if dropout:
+    assert len(set(values)) == 3
+    assert min(tiny.relative(grads[n], grads[n - 1]) for n in range(3)) > 0.01
+  else:
+    np.testing.assert_allclose(values, values[0], rtol=1e-6)
+    np.testing.assert_allclose(grads, np.broadcast_to(grads[:1], grads.shape))
+
+
 def test_a_head_trained_in_sixteen_bits_on_a_mesh():
   """Sums over devices are float32: XLA's CPU ends the process over others."""
   model, _, params = trained_parts('all, tied')
