@@ -1,13 +1,11 @@
-"""The training loop: a step, and `fit`, which repeats it.
+"""The training loop: `fit` repeats the step (`step.py`).
 
 Nothing here knows of configs or run folders (`run.py` does): `fit` takes plain
 values, any iterable of batches, and callbacks.
 """
 
-import collections
 import contextlib
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,122 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qdora_jax import optim, processes, scaling
+from qdora_jax import optim, processes, scaling, signals
 from qdora_jax import paged as paging
-from qdora_jax.adapter import Adapter
 from qdora_jax.checkpoint import Checkpoints
 from qdora_jax.data import Batch
-from qdora_jax.loss import summed_loss
 from qdora_jax.metrics import Log, Progress
 from qdora_jax.model import Decoder
 from qdora_jax.paged import Paged
-from qdora_jax.sharding import BATCH, shard, shard_batch
+from qdora_jax.sharding import shard, shard_batch
+from qdora_jax.step import make_step
 from qdora_jax.streaming import is_paged
 from qdora_jax.tally import Tally
-from qdora_jax.transforms import adapted_norms, attach, norms
+from qdora_jax.transforms import norms
 
 Tree = dict[str, Any]
 Callback = Callable[[int, dict[str, Any], Tree], Mapping[str, Any] | None]
-
-
-def make_step(
-  model: Decoder,
-  optimizer: optax.GradientTransformation,
-  microbatches: int = 1,
-  like: tuple[Tree, Any] | None = None,
-  rate: optim.Scaled | None = None,
-) -> Callable[..., tuple[Tree, Any, dict[str, jax.Array]]]:
-  """The jitted step: (trained, opt_state, base, norms, batch, key) -> moved on.
-
-  The loss is the mean over the learned tokens of the whole batch, however many
-  microbatches and devices it is split over. If it or its gradient is not
-  finite, nothing moves. `trained` and `opt_state` are donated. Two arguments
-  may follow: a `scaling.LossScale`, and what it becomes is then among what is
-  returned; and the peak of `rate`.
-
-  Args:
-    model: the decoder.
-    optimizer: any optax transformation.
-    microbatches: gradients are accumulated over so many slices of the batch;
-      DoRA's detached norms are then computed once for all of them.
-    like: (trained, opt_state) on a mesh, or with state in the host's memory: so
-      they leave the step, too. (Left to itself XLA lays gradients out
-      differently from what they are of.) State in the host's memory is streamed
-      through the update, see paged.py.
-    rate: the optimizer's learning rate, if its peak is to be an argument.
-  """
-  rate = rate or optim.Scaled(optax.constant_schedule(1.0), 1.0)
-  optimizer = optax.with_extra_args_support(optimizer)
-  placed = jax.tree.map(lambda a: a.sharding, like)
-  shards = None if like is None else jax.tree.leaves(placed)
-  mesh = None if like is None else _mesh_of(jax.tree.leaves(placed)[0])
-  if mesh is not None:
-    model = model.clone(mesh=mesh)
-
-  def step(trained, opt_state, base, norms, batch, key, scale=None, peak=None):
-    total = jnp.maximum(jnp.sum(batch['weights']), 1)
-    if scale is not None:
-      total /= scale.value
-    if microbatches > 1 and _detached(trained):
-      norms = adapted_norms(base, trained, norms)
-
-    def gradient(part, key):
-      def objective(trained):
-        params = attach(base, trained, norms=norms, dropout_key=key)
-        return summed_loss(model, params, part) / total
-
-      return jax.value_and_grad(objective)(trained)
-
-    def accumulate(sums, part_and_key):
-      return jax.tree.map(jnp.add, sums, gradient(*part_and_key)), None
-
-    if microbatches == 1:
-      value, grads = gradient(batch, key)
-    else:
-      parts = jax.tree.map(lambda a: _slices(a, microbatches, mesh), batch)
-      zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
-      keys = jax.random.split(key, microbatches)
-      (value, grads), _ = jax.lax.scan(accumulate, zero, (parts, keys))
-    if scale is not None:
-      value, grads = jax.tree.map(lambda a: a / scale.value, (value, grads))
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-    with rate.given(peak):
-      trained, opt_state = paging.move(
-        optimizer, trained, grads, opt_state, finite, value, shards
-      )
-    seen = {'loss': value, 'grad_norm': grad_norm, 'finite': finite}
-    if scale is not None:
-      seen |= {'loss_scale': scale.value, 'scale': scaling.after(scale, finite)}
-    return trained, opt_state, seen
-
-  if like is None:
-    return jax.jit(step, donate_argnums=(0, 1))
-  return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placed, None))
-
-
-def _mesh_of(sharding: jax.sharding.Sharding) -> jax.sharding.Mesh | None:
-  named = isinstance(sharding, jax.sharding.NamedSharding)
-  return sharding.mesh if named else None
-
-
-def _slices(
-  array: jax.Array, count: int, mesh: jax.sharding.Mesh | None
-) -> jax.Array:
-  """[B, ...] as [count, B/count, ...]: every device slices what it has."""
-  slices = array.reshape(-1, count, *array.shape[1:]).swapaxes(0, 1)
-  if mesh is None:
-    return slices
-  spec = jax.sharding.PartitionSpec(None, *BATCH)
-  return jax.lax.with_sharding_constraint(
-    slices, jax.sharding.NamedSharding(mesh, spec)
-  )
-
-
-def _detached(trained: Tree) -> bool:
-  """Whether every norm in the tree is a constant of differentiation."""
-  nodes = jax.tree.leaves(trained, is_leaf=lambda x: isinstance(x, Adapter))
-  return all(n.spec.detach for n in nodes if isinstance(n, Adapter))
 
 
 class Fitted(NamedTuple):
@@ -301,7 +198,7 @@ def fit(
 
   with contextlib.ExitStack() as stack:
     # First: a second signal does not end the writing of what is saved.
-    stopped = stack.enter_context(_signals(checkpoints is not None))
+    stopped = stack.enter_context(signals.noted(checkpoints is not None))
     if checkpoints is not None:
       stack.callback(checkpoints.close)
     logged = workdir is not None and processes.first()
@@ -382,49 +279,6 @@ def initial_state(
     trained = jax.tree.map(lambda a: jax.device_put(a, a.sharding), trained)
   state = paging.initial(optimizer, trained, mesh, paged, room)
   return {'trained': trained, 'optimizer': state, 'rng': rng, 'scale': scale}
-
-
-@contextlib.contextmanager
-def _signals(active: bool) -> Iterator[Callable[[bool], str | None]]:
-  """Notes SIGTERM and SIGINT while a step runs; a second SIGINT interrupts.
-
-  An error that comes after one is its end: Interrupted, with the error's words.
-
-  What is noted by one of many processes is told to all: at once, or when they
-  ask again, which waits for nothing that was begun since.
-  """
-  noted: list[int] = []
-  telling: collections.deque[Any] = collections.deque()
-  # Only the main thread can be told of signals.
-  active = active and threading.current_thread() is threading.main_thread()
-  before = {}
-
-  def note(number: int, frame: Any) -> None:
-    if noted and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    noted.append(number)
-
-  def asked(at_once: bool) -> str | None:
-    telling.append(processes.largest(noted[0] if noted else 0))
-    at_once |= jax.process_count() == 1
-    number = 0
-    while len(telling) > (0 if at_once else 1):
-      number = max(number, int(telling.popleft()))
-    return signal.Signals(number).name if number else None
-
-  if active:
-    for number in (signal.SIGTERM, signal.SIGINT):
-      before[number] = signal.signal(number, note)
-  try:
-    yield asked
-  except Exception as error:
-    # Who was told to end ends, and does not try what is next.
-    if noted:
-      raise processes.Interrupted(noted[0], f'not saved: {error}') from error
-    raise
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 def _position(source: Iterator[Batch]) -> Any:

@@ -30,8 +30,9 @@ FLOORS[3] += (
 )
 FLOORS[3] += ('harness', 'fastchat', 'sweep', 'findings', 'runs')
 FLOORS[3] += ('analysis', 'study', 'pictures', 'trackers')
-FLOORS[3] += ('folder', 'opening', 'run', 'finetune', 'processes')
+FLOORS[3] += ('folder', 'opening', 'run', 'finetune', 'processes', 'signals')
 FLOORS[3] += ('streaming', 'paged', 'adam8bit', 'scaling', 'tally', 'compiled')
+FLOORS[3] += ('step',)
 # A run refuses what its plan says cannot fit.
 FLOORS[3] += ('devices', 'published', 'job', 'footprint', 'traffic')
 FLOORS[3] += ('plan',)

@@ -21,6 +21,7 @@ from qdora_jax import (
   paths,
   sharding,
   train,
+  transforms,
 )
 from qdora_jax.data import Batches
 from qdora_jax.loss import summed_loss
@@ -211,8 +212,8 @@ def test_microbatches_share_doras_norms(monkeypatch):
     calls.append(args)
     return adapted(*args)
 
-  adapted = train.adapted_norms
-  monkeypatch.setattr(train, 'adapted_norms', spy)
+  adapted = transforms.adapted_norms
+  monkeypatch.setattr('qdora_jax.step.adapted_norms', spy)
   optimizer = optax.sgd(1.0)
   for microbatches, times in ((1, 0), (4, 1)):
     jax.eval_shape(
