@@ -10,21 +10,12 @@ source. A task turns a record into a row with
                         of the right one
   references            texts that an answer is compared with (data to text)
 
-The eight commonsense tasks are posed as in the DoRA paper's code base, which
-took them from LLM-Adapters (Hu et al. 2023, arXiv 2304.01933): an instruction
-that ends in the answer's form, and 'the correct answer is option2' to learn.
-Scored is the first word of that form in what the model says (after its last
-'### Response:', if it says that), upper and lower case told apart: none is a
-wrong answer. That code searches with four beams, and so does commonsense.py
-(config.eval.beams=4; `qdora evaluate --beams 4`). Prompts of HellaSwag keep
-WikiHow's marks ([header], [title]), as there, if the file has them. Contexts of
-choices are those of lm-evaluation-harness.
-
-Numbers (GSM8K): of what stands after the last '####', or of the whole answer
-without one, the last number counts, its commas and a closing point left out;
-right is what differs by at most 0.001, as in LLM-Adapters. Orca-Math is posed
-and scored as Answer.AI's fsdp_qlora does: the last number, ratio or amount of
-money, and right is the same text: '$5' is not '5'.
+commonsense.py says how its eight tasks are posed and scored. Numbers (GSM8K):
+of what stands after the last '####', or of the whole answer without one, the
+last number counts, its commas and a closing point left out; right is what
+differs by at most 0.001, as in LLM-Adapters. Orca-Math is posed and scored as
+Answer.AI's fsdp_qlora does: the last number, ratio or amount of money, and
+right is the same text: '$5' is not '5'.
 """
 
 import dataclasses
@@ -32,7 +23,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from qdora_jax import paths
+from qdora_jax import commonsense, paths
 
 Record = Mapping[str, Any]
 
@@ -92,172 +83,18 @@ def split(source: str) -> tuple[str, str]:
 # --- Commonsense ---
 
 
-def _choices(record: Record) -> list[str]:
-  """The choices of a record, in this library's form or the hub's."""
-  if 'choices' in record:
-    found = record['choices']
-    return list(found['text'] if isinstance(found, Mapping) else found)
-  if 'endings' in record:
-    return list(record['endings'])
-  for names in (
-    ('sol1', 'sol2'),
-    ('option1', 'option2'),
-    ('answerA', 'answerB', 'answerC'),
-  ):
-    if names[0] in record:
-      return [record[name] for name in names]
-  raise KeyError('choices')
-
-
-def _label(record: Record) -> int:
-  """The index of the right choice."""
-  if 'answerKey' in record:
-    return list(record['choices']['label']).index(record['answerKey'])
-  if 'answerA' in record or 'option1' in record:
-    # Social IQa and WinoGrande count from 1.
-    key = 'label' if 'answerA' in record else 'answer'
-    return int(record[key]) - 1
-  if 'answer' in record:
-    return int(record['answer'])
-  return int(record['label'])
-
-
-def _stem(record: Record) -> str:
-  if 'question_stem' in record:
-    return record['question_stem']
-  return record['question']
-
-
-def _row(prompt: str, answer: str, **values: Any) -> list[dict[str, Any]]:
-  completion = f'the correct answer is {answer}'
-  return [
-    {'prompt': prompt, 'completion': completion, 'answer': answer, **values}
-  ]
-
-
-def _choice(
-  record: Record,
-  ask: str,
-  word: str,
-  context: str,
-  between: str = ' ',
-  end: str = '\n\n',
-) -> list[dict[str, Any]]:
-  """The question, its options by number ('Answer2: ...'), the answer's form."""
-  options, label = _choices(record), _label(record)
-  heads = [f'{word}{n}' for n in range(1, len(options) + 1)]
-  listed = between.join(
-    f'{head}: {option}' for head, option in zip(heads, options, strict=True)
-  )
-  form = '/'.join(head.lower() for head in heads)
-  return _row(
-    f'Please choose the correct {ask}\n\n{listed}{end}Answer format: {form}',
-    heads[label].lower(),
-    context=context,
-    choices=[f' {option}' for option in options],
-    label=label,
-  )
-
-
-def _boolq(record: Record) -> list[dict[str, Any]]:
-  question = record['question']
-  ask = 'Please answer the following question with true or false, question: '
-  context = f'Question: {question}?\nAnswer:'
-  if 'passage' in record:
-    context = f'{record["passage"]}\n{context}'
-  return _row(
-    f'{ask}{question}?\n\nAnswer format: true/false',
-    ('false', 'true')[_label(record)],
-    context=context,
-    choices=[' no', ' yes'],
-    label=_label(record),
-  )
-
-
-def _piqa(record: Record) -> list[dict[str, Any]]:
-  goal = record['goal']
-  ask = f'solution to the question: {goal}'
-  context = f'Question: {goal}\nAnswer:'
-  return _choice(record, ask, 'Solution', context, between='\n\n')
-
-
-def _question(record: Record) -> list[dict[str, Any]]:
-  question = _stem(record)
-  context = f'Question: {question}\nAnswer:'
-  if 'context' in record:
-    # Social IQa.
-    question = f'{record["context"]} {question}'
-    context = f'Q: {question}\nA:'
-  ask = f'answer to the question: {question}'
-  return _choice(record, ask, 'Answer', context)
-
-
-def _openbookqa(record: Record) -> list[dict[str, Any]]:
-  return [{**row, 'context': _stem(record)} for row in _question(record)]
-
-
-def _hellaswag(record: Record) -> list[dict[str, Any]]:
-  text = record['ctx']
-  if 'activity_label' in record:
-    text = f'{record["activity_label"]}: {text}'
-  ask = f'ending to complete the given sentence: {text}'
-  (row,) = _choice(record, ask, 'Ending', text)
-  if 'ctx_a' in record:
-    text = f'{record["ctx_a"]} {record["ctx_b"].capitalize()}'
-    text = f'{record["activity_label"]}: {text}'
-  row['context'] = _unmarked(text)
-  row['choices'] = [f' {_unmarked(choice)}' for choice in _choices(record)]
-  return [row]
-
-
-def _unmarked(text: str) -> str:
-  """Without WikiHow's marks, as the harness reads HellaSwag."""
-  text = text.strip().replace(' [title]', '. ')
-  return re.sub(r'\[.*?\]', '', text).replace('  ', ' ')
-
-
-def _winogrande(record: Record) -> list[dict[str, Any]]:
-  sentence = record['sentence']
-  ask = (
-    f'answer to fill in the blank to complete the given sentence: {sentence}'
-  )
-  (row,) = _choice(record, ask, 'Option', '', end=' ')
-  before, _, after = sentence.partition('_')
-  # The options differ in what comes before; the rest is what is likely.
-  row['context'] = [before + option for option in _choices(record)]
-  row['choices'] = [f' {after.strip()}'] * len(row['context'])
-  return [row]
-
-
-def _published(record: Record) -> list[dict[str, Any]]:
-  """A record of LLM-Adapters' own files."""
-  return [
-    {
-      'prompt': record['instruction'],
-      'completion': record['output'],
-      'answer': record['answer'],
-    }
-  ]
-
-
-_RESPONSE = '### Response:'
-
-
 def _choosing(
   pose: Callable[[Record], list[dict[str, Any]]], words: str
 ) -> Task:
   """A commonsense task; words: regex of its answers."""
 
   def rows(record: Record) -> list[dict[str, Any]]:
-    return (_published if 'instruction' in record else pose)(record)
+    return (commonsense.published if 'instruction' in record else pose)(record)
 
   def right(answer: str, values: Mapping[str, Any]) -> bool:
-    found = re.search(words, answer.rpartition(_RESPONSE)[2])
-    return found is not None and found[0] == values['answer']
+    return commonsense.word(answer, words) == values['answer']
 
-  # A word that no further response follows.
-  form = f'(?s).*({words})(?!.*{_RESPONSE}).*'
-  return Task(rows, right, form, 32)
+  return Task(rows, right, commonsense.form(words), 32)
 
 
 # --- Numbers ---
@@ -357,17 +194,17 @@ def grouped(some: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 # Of rows that are no benchmark's.
 PLAIN = Task(lambda record: [dict(record)])
 TASKS = {
-  'boolq': _choosing(_boolq, 'true|false'),
-  'piqa': _choosing(_piqa, 'solution1|solution2'),
-  'siqa': _choosing(_question, 'answer[1-5]'),
-  'hellaswag': _choosing(_hellaswag, 'ending[1-4]'),
-  'winogrande': _choosing(_winogrande, 'option1|option2'),
-  'arc_easy': _choosing(_question, 'answer[1-5]'),
-  'arc_challenge': _choosing(_question, 'answer[1-5]'),
-  'openbookqa': _choosing(_openbookqa, 'answer[1-5]'),
+  'boolq': _choosing(commonsense.boolq, 'true|false'),
+  'piqa': _choosing(commonsense.piqa, 'solution1|solution2'),
+  'siqa': _choosing(commonsense.question, 'answer[1-5]'),
+  'hellaswag': _choosing(commonsense.hellaswag, 'ending[1-4]'),
+  'winogrande': _choosing(commonsense.winogrande, 'option1|option2'),
+  'arc_easy': _choosing(commonsense.question, 'answer[1-5]'),
+  'arc_challenge': _choosing(commonsense.question, 'answer[1-5]'),
+  'openbookqa': _choosing(commonsense.openbookqa, 'answer[1-5]'),
   # All eight, as commonsense_170k.json of LLM-Adapters holds them.
   'commonsense': _choosing(
-    _published, 'true|false|(?:solution|option|answer|ending)[1-5]'
+    commonsense.published, 'true|false|(?:solution|option|answer|ending)[1-5]'
   ),
   'gsm8k': Task(_gsm8k, _same_number, r'(?s).*####\s*-?[\d.,]+\s*', 256),
   'orca_math': Task(_orca_math, _same_amount, r'(?s).*\d.*', 512),

@@ -21,6 +21,7 @@ FLOORS[2] += ('placement', 'sight', 'flash')
 FLOORS[3] += ('loss', 'train', 'intervals', 'generate', 'beam', 'evaluate')
 FLOORS[3] += (
   'config_file',
+  'commonsense',
   'tasks',
   'prompts',
   'likelihood',
