@@ -7,8 +7,8 @@ With no more said: QDoRA of SmolLM2-135M on the seven data sets of which the
 train split is in ../shared/data (107,675 rows; HellaSwag is tested on and not
 trained), in the paper's settings. Three epochs are 20,189 steps, which two CPU
 cores would take weeks for; not run whole. `commonsense.py:tiny` takes 4 steps
-of a small part and two questions of two tests: some 65 s on two CPU cores
-beside other work, and nothing learned worth a figure.
+of a small part and two questions of two tests: some 80 s and 1.3 GB on two CPU
+cores beside other work, and nothing learned worth a figure.
 
 The paper's own runs, on a GPU; --config.adapter.method=lora with lr=3e-4, and
 rank=16 with alpha=32 for its half rank:

@@ -14,8 +14,8 @@ run whole. It takes 2 GB of a GPU by `qdora plan`. What 60 steps of 256 tokens
 reach is in experiments/RESULTS.md. Texts are compared by the packages of the
 extra `eval`.
 
-`e2e.py:tiny` takes 4 steps of a small part of the data: 55 s on two CPU cores
-beside other work, and nothing learned worth a figure.
+`e2e.py:tiny` takes 4 steps of a small part of the data: 55 s and 1.1 GB on two
+CPU cores beside other work, and nothing learned worth a figure.
 """
 
 import runpy

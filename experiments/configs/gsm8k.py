@@ -6,8 +6,8 @@ QDoRA on the train split's 7,473 solutions, three epochs; scored is the last
 number of a greedy answer on the 1,319 questions of the test split. The settings
 are this project's: a rank of 16 on all linear layers. With no more said, of
 SmolLM2-135M, which two CPU cores would take days for; not run whole.
-`gsm8k.py:tiny` takes 4 steps of a small part: some 85 s on two CPU cores
-beside other work, and nothing learned worth a figure.
+`gsm8k.py:tiny` takes 4 steps of a small part: some 85 s and 1.1 GB on two CPU
+cores beside other work, and nothing learned worth a figure.
 
 `gsm8k.py:llama3-8b`, of Llama-3-8B and the data of the hub (openai/gsm8k),
 takes 15 GB of one GPU by `qdora plan`, and its work 0.1 h of an H100 at half

@@ -21,8 +21,9 @@ unmeasured. Theirs learn every token of a conversation, and so do these; they
 read timdettmers/openassistant-guanaco from the hub.
 
 With no more said, the same of SmolLM2-135M on the 953 conversations of
-../shared/data. `guanaco.py:tiny` takes 4 steps of a small part of them:
-60 s on two CPU cores beside other work, and nothing learned worth a figure.
+../shared/data. `guanaco.py:tiny` takes 4 steps of a small part of them: 60 s
+and 1.5 GB on two CPU cores beside other work, and nothing learned worth a
+figure.
 """
 
 import runpy

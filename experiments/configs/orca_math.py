@@ -23,8 +23,8 @@ scale is 1: alpha is rank here.
 
 With no more said, the same of SmolLM2-135M on the train split of GSM8K, which
 ../shared/data has and Orca-Math has not. `orca_math.py:tiny` takes 4 steps of a
-small part of it: 60 s on two CPU cores beside other work, and nothing learned
-worth a figure.
+small part of it: 60 s and 1.5 GB on two CPU cores beside other work, and
+nothing learned worth a figure.
 """
 
 import runpy
