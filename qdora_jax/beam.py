@@ -2,7 +2,8 @@
 
 The beams of a prompt are rows of one batch beside each other; after each token
 those that go on take their rows of the cache with them. A continuation's score
-is its log-probability over length ** length_penalty, as in transformers.
+is its log-probability over length ** length_penalty, the token that stops it
+counted, as in transformers (5.24).
 """
 
 import functools
@@ -78,7 +79,7 @@ def _search(model, beams, most, params, layout, ends, length_penalty):
   batch = len(layout.tokens_BxL)
   rows_Bx1 = jnp.arange(batch)[:, None]
   # So many that `beams` go on though each of the best ends in each way.
-  most_candidates = beams * max(2, 1 + len(ends))
+  most_candidates = beams * (1 + len(ends))
 
   def extend(state, hidden, cache):
     """The state with a token more; K beams, C candidates."""

@@ -33,6 +33,7 @@ class Result:
     by: how it was measured; 'lm_eval': by its harness.
     total: rows scored (windows of perplexity); available: rows there are.
     measures: figures by name.
+    how: what was asked for besides, '3 shots, 4 beams'.
     samples: (question, answer given, answer expected) of the first few.
     notes: what a reader should know.
     seconds: it took.
@@ -43,13 +44,15 @@ class Result:
   total: int
   available: int
   measures: dict[str, Measure]
+  how: str = ''
   samples: Sequence[Sequence[str]] = ()
   notes: Sequence[str] = ()
   seconds: float = 0.0
 
   def __str__(self) -> str:
     some = '' if self.total == self.available else f' of {self.available:,}'
-    head = f'{self.source}, by {self.by}, n={self.total:,}{some}:'
+    way = f'{self.by}, {self.how}' if self.how else self.by
+    head = f'{self.source}, by {way}, n={self.total:,}{some}:'
     measures = [f'  {name}: {m}' for name, m in self.measures.items()]
     return '\n'.join([head, *measures, *(f'  {note}' for note in self.notes)])
 
@@ -131,6 +134,13 @@ def load(source: str, limit: int = 0, seed: int = 0) -> tuple[list[Row], int]:
   return [found[n] for n in sorted(chosen)], len(found)
 
 
+def way(source: str, by: By | None = None) -> By:
+  """How a source is measured: as asked, or as its kind wants it."""
+  name, file = tasks.split(source)
+  text = not name and file.endswith('.txt')
+  return by or ('perplexity' if text else 'answers')
+
+
 def measure(
   subject: Subject,
   source: str,
@@ -168,8 +178,8 @@ def measure(
   """
   began = time.perf_counter()
   found, available = load(source, limit, seed)
-  name, file = tasks.split(source)
-  by = by or ('perplexity' if not name and file.endswith('.txt') else 'answers')
+  name, _ = tasks.split(source)
+  by = way(source, by)
   if by == 'likelihood':
     result = _by_likelihood(subject, found, batch_size, progress)
   elif by == 'perplexity':
@@ -266,11 +276,10 @@ def _by_answers(
     progress=progress,
   )
   pairs = list(zip(found, said, strict=True))
-  notes = [f'searched with {beams} beams'] if beams > 1 else []
+  notes: list[str] = []
   if 'references' in found[0].values:
     wanted = [row.values['references'] for row in found]
-    measures, more = nlg.compare(said, wanted)
-    notes += more
+    measures, notes = nlg.compare(said, wanted)
   else:
     right = sum(row.score(answer) == 1 for row, answer in pairs)
     formed = sum(re.fullmatch(task.pattern, a) is not None for a in said)
@@ -278,7 +287,14 @@ def _by_answers(
       'exact match': _share(right, len(found)),
       'of the right form': _share(formed, len(found)),
     }
+  cut = max_new_tokens != task.max_new_tokens
+  asked = {
+    'shots': len(shots),
+    'new tokens': max_new_tokens if cut else 0,
+    'beams': beams if beams > 1 else 0,
+  }
   return {
+    'how': ', '.join(f'{n} {what}' for what, n in asked.items() if n),
     'total': len(found),
     'measures': measures | _nats(subject, found, batch_size),
     'samples': [(r.question, answer, r.answer) for r, answer in pairs[:3]],

@@ -165,6 +165,10 @@ def analyze(argv: list[str]) -> None:
     parser.error('expected run folders, or --model NAME')
   if known.folders and (known.text or known.limit or known.own):
     parser.error('--text, --limit and --own are of --model NAME')
+  if known.limit < 0 or known.own < 0:
+    parser.error(f'--limit={known.limit}, --own={known.own}: at least 0')
+  if known.limit and not known.text:
+    parser.error('--limit is of --text FILE')
   from qdora_jax import study
 
   if known.folders:

@@ -123,21 +123,27 @@ def _check_measured(
     value = getattr(known, name)
     if value is not None and value < least:
       raise ValueError(f'--{name.replace("_", "-")}={value}: at least {least}')
-  for name, uses in {
-    'by': ['on'],
-    'seed': ['on'],
-    'max_new_tokens': ['on'],
-    'beams': ['on'],
-    'limit': ['on', 'harness'],
-    'batch_size': ['on', 'harness'],
-    'include_path': ['harness'],
+  from qdora_jax.benchmark import way
+
+  some, harness = bool(known.on), bool(known.harness)
+  answered = any(way(on, known.by) == 'answers' for on in known.on)
+  for name, (used, use) in {
+    'by': (some, '--on'),
+    'limit': (some or harness, '--on and --harness'),
+    'batch_size': (some or harness, '--on and --harness'),
+    'seed': (some and known.limit, '--on with --limit'),
+    'beams': (answered, 'answers, --on what asks for them'),
+    'max_new_tokens': (answered, 'answers, --on what asks for them'),
+    'shots': (answered or harness or not some, 'answers and --harness'),
+    'include_path': (harness, '--harness'),
   }.items():
-    given = getattr(known, name) != parser.get_default(name)
-    if given and not any(getattr(known, use) for use in uses):
-      raise ValueError(
-        f'--{name.replace("_", "-")} is for --{" and --".join(uses)}; rows '
-        'that the run holds out are asked as its config.eval says'
+    if not used and getattr(known, name) != parser.get_default(name):
+      rest = (
+        ''
+        if some or harness
+        else '; rows that the run holds out are asked as its config.eval says'
       )
+      raise ValueError(f'--{name.replace("_", "-")} is for {use}{rest}')
 
 
 def _benchmark(run: Any, source: str, known: argparse.Namespace) -> None:

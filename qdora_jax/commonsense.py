@@ -106,7 +106,7 @@ def piqa(record: Record) -> list[dict[str, Any]]:
   return _choice(record, ask, 'Solution', context, between='\n\n')
 
 
-def question(record: Record) -> list[dict[str, Any]]:
+def answer_choice(record: Record) -> list[dict[str, Any]]:
   question = _stem(record)
   context = f'Question: {question}\nAnswer:'
   if 'context' in record:
@@ -118,7 +118,7 @@ def question(record: Record) -> list[dict[str, Any]]:
 
 
 def openbookqa(record: Record) -> list[dict[str, Any]]:
-  return [{**row, 'context': _stem(record)} for row in question(record)]
+  return [{**row, 'context': _stem(record)} for row in answer_choice(record)]
 
 
 def hellaswag(record: Record) -> list[dict[str, Any]]:
@@ -168,12 +168,12 @@ def published(record: Record) -> list[dict[str, Any]]:
 _RESPONSE = '### Response:'
 
 
-def word(answer: str, words: str) -> str | None:
+def answered(text: str, words: str) -> str | None:
   """The word that a text gives as its answer; words: regex of them."""
-  found = re.search(words, answer.rpartition(_RESPONSE)[2])
+  found = re.search(words, text.rpartition(_RESPONSE)[2])
   return found[0] if found else None
 
 
-def form(words: str) -> str:
+def pattern(words: str) -> str:
   """Regex of answers that have one: no further response follows it."""
   return f'(?s).*({words})(?!.*{_RESPONSE}).*'

@@ -70,8 +70,8 @@ def tidy() -> None:
   """From now on, gives back what compiling leaves free in this process.
 
   glibc keeps what LLVM has freed, and a step needs its room beside that: .2 GB
-  of 1.8 (SmolLM2-135M on a CPU). Other C libraries are left alone. Asked once,
-  however often.
+  of 1.8 (SmolLM2-135M on a CPU). Other C libraries are left alone. Calls
+  after the first do nothing.
   """
   try:
     trim = ctypes.CDLL(None).malloc_trim

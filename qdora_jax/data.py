@@ -72,8 +72,14 @@ def load_data(section: DataSection) -> Data:
   tested = {row.bare for row in held_out}
   overlap = 0
   for source, some in train.items():
-    train[source] = [row for row in some if row.bare not in tested]
-    overlap += len(some) - len(train[source])
+    train[source] = []
+    for row in some:
+      if row.bare in tested:
+        overlap += 1
+      elif len(train[source]) < (section.train_size or len(some)):
+        train[source].append(row)
+      else:
+        break
     if not train[source]:
       raise ValueError(
         f'{source}: nothing is left to train on; all of its rows are among '
@@ -87,7 +93,7 @@ def load_data(section: DataSection) -> Data:
 def _split(
   section: DataSection, source: str, share: int
 ) -> tuple[list[Row], list[Row]]:
-  """(held out, to train on) of one source."""
+  """(held out, the rest) of one source."""
   family, _, task = source.partition('/')
   if family == 'reasoning_gym' and task:
     # Problem i is drawn from seed + i, so two seeds give overlapping sets: one
@@ -102,7 +108,7 @@ def _split(
   if section.train_rows == 'random':
     found = [found[n] for n in order]
   rest = [row for row in found if row.place not in places]
-  return apart, rest[: section.train_size or None]
+  return apart, rest
 
 
 @dataclasses.dataclass(frozen=True)

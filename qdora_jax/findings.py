@@ -100,8 +100,9 @@ def _grouped(found: Iterable[tuple[Point, dict[str, float]]]) -> list[Group]:
   for point, figures in found:
     rest = {k: v for k, v in point.items() if k not in SEEDS}
     group = together.setdefault(name_of(rest), Group(rest, {}))
-    seed = next((point[key] for key in SEEDS if key in point), None)
-    group.rows[seed] = figures
+    seeds = [point[key] for key in SEEDS if key in point]
+    alike = len(set(seeds)) == 1
+    group.rows[seeds[0] if alike else tuple(seeds) or None] = figures
   return list(together.values())
 
 

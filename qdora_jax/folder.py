@@ -184,7 +184,8 @@ def add_benchmark(workdir: Path, values: Mapping[str, Any]) -> None:
   """Adds a benchmark's result, in the place of an older one of the same."""
 
   def what(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(entry[key] for key in ('source', 'by', 'model', 'total'))
+    keys = ('source', 'by', 'model', 'total')
+    return (*(entry[key] for key in keys), _how(entry))
 
   if not processes.first():
     return
@@ -208,9 +209,15 @@ def figures(workdir: Path) -> dict[str, Measure]:
   for entry in benchmarks(workdir):
     if entry['model'] == 'last':
       task = Path(entry['source'].partition(':')[0]).name
+      how = f' ({_how(entry)})' if _how(entry) else ''
       for name, measure in entry['measures'].items():
-        found[f'{task} {name}'] = Measure(**measure)
+        found[f'{task} {name}{how}'] = Measure(**measure)
   return found
+
+
+def _how(entry: Mapping[str, Any]) -> str:
+  """Of a benchmark, which earlier versions did not write."""
+  return entry['how'] if 'how' in entry else ''
 
 
 def write(path: Path, values: Any) -> None:

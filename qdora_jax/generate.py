@@ -163,7 +163,7 @@ def lay_out(
 ) -> Layout:
   """Checks what is asked for, and lays the prompts out."""
   if not prompts or not all(prompts):
-    raise ValueError('generate: expected prompts of at least one token each')
+    raise ValueError('expected prompts of at least one token each')
   if max_new_tokens < 1:
     raise ValueError(f'max_new_tokens={max_new_tokens}: expected at least 1')
   # At least one token of each prompt stays behind what is shared.

@@ -36,7 +36,7 @@ class Job:
     adapter: what is trained; None for full fine-tuning.
     batch: examples per optimizer step, on all devices together.
     seq_len: tokens per example.
-    microbatches: as in `train.make_step`.
+    microbatches: as in `step.make_step`.
     learned: tokens per example that the loss is taken on; None: all.
     dtype: of products, activations and of what stays unquantized.
     remat, attention: as in `Decoder`.

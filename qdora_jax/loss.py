@@ -104,9 +104,8 @@ def _chunks(array_BxC: jax.Array, count: int) -> jax.Array:
   return parts.swapaxes(0, 1)
 
 
-def _numbered(head: Tree, *chunks: jax.Array) -> tuple[Any, ...]:
+def _numbered(drops: bool, *chunks: jax.Array) -> tuple[Any, ...]:
   """Chunks with their numbers, if dropout in the head asks for them."""
-  drops = any(map(_is_key, jax.tree.leaves(head)))
   return jnp.arange(len(chunks[0])) if drops else None, *chunks
 
 
@@ -134,7 +133,8 @@ def _in_chunks(model, head, hidden_NxBxCxD, labels_NxBxC, weights_NxBxC):
   def add(sum_, chunk):
     return sum_ + _chunk_loss(model, head, *chunk), None
 
-  chunks = _numbered(head, hidden_NxBxCxD, labels_NxBxC, weights_NxBxC)
+  drops = any(map(_is_key, jax.tree.leaves(head)))
+  chunks = _numbered(drops, hidden_NxBxCxD, labels_NxBxC, weights_NxBxC)
   return jax.lax.scan(add, jnp.float32(0), chunks)[0]
 
 
@@ -145,8 +145,8 @@ def _in_chunks_forward(model, head, hidden, labels, weights):
   moving = {n: v.value for n, v in enumerate(leaves) if v.perturbed}
   fixed = {n: v for n, v in enumerate(values) if n not in moving}
   # Of a key every device would draw the same mask for its rows.
-  keys = any(map(_is_key, values))
-  apart = row_parts(hidden.value.shape[1], model.mesh) > 1 and not keys
+  drops = any(map(_is_key, values))
+  apart = row_parts(hidden.value.shape[1], model.mesh) > 1 and not drops
   reader = model.clone(mesh=None) if apart else model
 
   def loss(moving, fixed, *chunk):
@@ -170,7 +170,7 @@ def _in_chunks_forward(model, head, hidden, labels, weights):
   # Sums of many chunks, and of devices, are float32.
   zeros = {n: jnp.zeros(v.shape, jnp.float32) for n, v in moving.items()}
   zero = jnp.float32(0), zeros
-  chunks = _numbered(values, hidden.value, labels.value, weights.value)
+  chunks = _numbered(drops, hidden.value, labels.value, weights.value)
   (value, sums), d_hidden = summed((zero, moving, fixed), chunks)
   d_head = {n: sums[n].astype(v.dtype) for n, v in moving.items()}
   d_head = [d_head[n] if n in moving else None for n in range(len(leaves))]

@@ -201,10 +201,11 @@ def of_weights(
   length: int = 512,
   progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> str:
-  """Writes formats.md and formats.png, and own.txt.
+  """Writes formats.md and formats.png; of texts of the model's own, own.txt.
 
   Of a text that the model writes itself (at temperature 1) the loss added by a
-  format is the divergence from the model before, and cannot be below zero.
+  format is an estimate of the divergence from the model before, which is never
+  negative.
 
   Args:
     name: a model, as for `load_pretrained`.
@@ -214,8 +215,8 @@ def of_weights(
     targets: regex over whole names: kernels to be stored.
     formats: ways of storing them.
     limit: characters of the text read; 0 for all.
-    own: takes so many texts that the model writes itself, instead.
-    length: tokens that a window of the text has, and each of those.
+    own: takes so many texts that the model writes itself, instead of `text`.
+    length: tokens of a window of the text, or of each text of its own.
     progress: wraps the iterable over batches.
 
   Returns:
@@ -223,20 +224,27 @@ def of_weights(
 
   Raises:
     ValueError: if targets match nothing, or nothing that could be stored so;
-      for both a text and texts of its own.
+      for both a text and texts of its own; for either, if the model has no
+      tokenizer.
   """
   if text and own:
     raise ValueError(f'text={text!r} and own={own}: expected one of them')
   # At the door, before a model is loaded.
   whole = rows.as_text(rows.read(text))[: limit or None] if text else ''
   model, params, tokenizer = load_pretrained(name)
-  out.mkdir(parents=True, exist_ok=True)
   pairs: Sequence[likelihood.Pair] = []
-  first = likelihood.first_token(tokenizer)
+  if (whole or own) and tokenizer is None:
+    raise ValueError(
+      f'{name} has no tokenizer, which a text needs; expected one beside it, '
+      'or neither text nor own'
+    )
+  out.mkdir(parents=True, exist_ok=True)
   if whole:
     ids = tokenizer.encode(whole, add_special_tokens=False, verbose=False)
+    first = likelihood.first_token(tokenizer)
     pairs = list(likelihood.windows(ids, first, length))
   elif own:
+    first = likelihood.first_token(tokenizer)
     said = own_texts(model, params, first, own, length)
     pairs = [([first], ids) for ids in said]
     folder.write_text(out / 'own.txt', '\n\n'.join(map(tokenizer.decode, said)))
@@ -261,7 +269,7 @@ def of_weights(
       after = nats(tree)
       ratio = _perplexity(after - before * [[1, 0]])
       lines[-1] += [str(_perplexity(after)), str(ratio)]
-  title = Path(name).name if Path(name).is_dir() else name
+  title = Path(name).resolve().name if Path(name).is_dir() else name
   text = f'# {title} in four bits\n\n' + markdown_table(lines)
   stays: dict[str, list[str]] = {}
   for form in formats:

@@ -137,6 +137,11 @@ def build(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, RunConfig]:
         f'x or over of the sweep names {key!r}, which no point has; swept are '
         f'{", ".join(swept)}'
       )
+    if key in SEEDS:
+      raise ValueError(
+        f'x or over of the sweep names {key!r}; points that differ in it are '
+        'repetitions of one thing, and averaged'
+      )
   labels = {point[LABEL] for point in sweep.points if LABEL in point}
   for label in itertools.chain(*sweep.pairs):
     if label not in labels:

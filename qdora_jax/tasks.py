@@ -92,9 +92,9 @@ def _choosing(
     return (commonsense.published if 'instruction' in record else pose)(record)
 
   def right(answer: str, values: Mapping[str, Any]) -> bool:
-    return commonsense.word(answer, words) == values['answer']
+    return commonsense.answered(answer, words) == values['answer']
 
-  return Task(rows, right, commonsense.form(words), 32)
+  return Task(rows, right, commonsense.pattern(words), 32)
 
 
 # --- Numbers ---
@@ -196,11 +196,11 @@ PLAIN = Task(lambda record: [dict(record)])
 TASKS = {
   'boolq': _choosing(commonsense.boolq, 'true|false'),
   'piqa': _choosing(commonsense.piqa, 'solution1|solution2'),
-  'siqa': _choosing(commonsense.question, 'answer[1-5]'),
+  'siqa': _choosing(commonsense.answer_choice, 'answer[1-5]'),
   'hellaswag': _choosing(commonsense.hellaswag, 'ending[1-4]'),
   'winogrande': _choosing(commonsense.winogrande, 'option1|option2'),
-  'arc_easy': _choosing(commonsense.question, 'answer[1-5]'),
-  'arc_challenge': _choosing(commonsense.question, 'answer[1-5]'),
+  'arc_easy': _choosing(commonsense.answer_choice, 'answer[1-5]'),
+  'arc_challenge': _choosing(commonsense.answer_choice, 'answer[1-5]'),
   'openbookqa': _choosing(commonsense.openbookqa, 'answer[1-5]'),
   # All eight, as commonsense_170k.json of LLM-Adapters holds them.
   'commonsense': _choosing(

@@ -8,7 +8,14 @@ import tiny
 from test_generate import PROMPTS, prompts
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import AdapterSpec, QuantSpec, attach, init_adapter, quantize
+from qdora_jax import (
+  AdapterSpec,
+  QuantSpec,
+  attach,
+  init_adapter,
+  quantize,
+  sharding,
+)
 from qdora_jax.beam import beam_search
 from qdora_jax.generate import generate
 from qdora_jax.serving import attach_several
@@ -70,6 +77,31 @@ def test_a_row_says_in_a_batch_what_it_says_alone():
     assert beam_search(model, params, [prompt], COUNT, **options) == [said]
   assert len(set(map(len, got))) > 1
   assert got != generate(model, params, batch, COUNT, stop=options['stop'])
+
+
+def test_one_new_token_and_sixteen_bits():
+  """Of one token the likeliest is greedy's; bfloat16 is no other search."""
+  model, params, _ = tiny.loaded(tied=False)
+  batch = PROMPTS['different lengths']
+  got = beam_search(model, params, batch, 1, beams=3)
+  assert got == generate(model, params, batch, 1)
+  half = model.clone(dtype=jnp.bfloat16)
+  got = beam_search(half, params, batch, COUNT, beams=1)
+  assert got == generate(half, params, batch, COUNT)
+  assert {len(ids) for ids in beam_search(half, params, batch, 4, beams=3)} == {
+    4
+  }
+
+
+def test_weights_on_a_mesh():
+  model, params, _ = tiny.loaded(tied=False)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  placed = sharding.shard(params, mesh)
+  batch = PROMPTS['a shared beginning']
+  options = {'beams': 3, 'stop': [generate(model, params, batch, 4)[0][2]]}
+  own = model.clone(mesh=mesh)
+  got = beam_search(own, placed, batch, COUNT, **options)
+  assert got == beam_search(model, params, batch, COUNT, **options)
 
 
 def test_bad_input():

@@ -77,7 +77,7 @@ def test_evaluating_on_a_source(workdir, tmp_path, capsys, monkeypatch):
   words = ['evaluate', '--workdir', str(workdir), '--max-new-tokens', '3']
   assert cli.main([*words, '--on', source]) == 0
   out = capsys.readouterr().out
-  assert f'{source}, by answers, n=1:' in out
+  assert f'{source}, by answers, 3 new tokens, n=1:' in out
   assert '1 of its questions were trained on' in out
   assert cli.main([*words, '--on', source, '--base']) == 0
   assert cli.main([*words, '--on', source]) == 0
@@ -88,9 +88,13 @@ def test_evaluating_on_a_source(workdir, tmp_path, capsys, monkeypatch):
 
   # A beam search, if it is asked for.
   assert cli.main([*words, '--on', source, '--beams', '3']) == 0
-  assert 'searched with 3 beams' in capsys.readouterr().out
-  assert folder.benchmarks(workdir)[-1]['notes'][0] == 'searched with 3 beams'
-  assert len(folder.benchmarks(workdir)) == 3
+  assert f'{source}, by answers, 3 new tokens, 3 beams, n=1:' in (
+    capsys.readouterr().out
+  )
+  # Which is not the same as without.
+  kept = [entry['how'] for entry in folder.benchmarks(workdir)]
+  assert kept == ['', *['3 new tokens'] * 2, '3 new tokens, 3 beams']
+  assert 'gsm8k exact match (3 new tokens, 3 beams)' in folder.figures(workdir)
 
   # What was measured is shown, wherever it cannot be kept.
   def full(path, values):
@@ -99,13 +103,23 @@ def test_evaluating_on_a_source(workdir, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(folder, 'write', full)
   assert cli.main([*words, '--on', source]) == 0
   shown = capsys.readouterr()
-  assert 'by answers, n=1:' in shown.out and 'no space' in shown.err
-  assert len(folder.benchmarks(workdir)) == 3
+  assert 'by answers, 3 new tokens, n=1:' in shown.out and 'no space' in shown.err
+  assert len(folder.benchmarks(workdir)) == 4
   assert cli.main([*words, '--on', source, '--batch-size', '0']) == 1
   assert '--batch-size=0: at least 1' in capsys.readouterr().err
-  for option in ('--beams', '--limit', '--max-new-tokens', '--seed'):
+  for option in ('--beams', '--limit', '--max-new-tokens', '--batch-size'):
     assert cli.main([*words[:3], option, '2']) == 1
-    assert f'{option} is for --on' in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f'{option} is for ' in shown and 'rows that the run holds' in shown
+  for more, wrong in (
+    (['--seed', '2'], '--seed is for --on with --limit'),
+    (['--by', 'perplexity', '--shots', '1'], '--shots is for answers'),
+    (['--by', 'likelihood', '--beams', '2'], '--beams is for answers'),
+    (['--include-path', 'a'], '--include-path is for --harness'),
+  ):
+    assert cli.main([*words[:3], '--on', source, *more]) == 1
+    shown = capsys.readouterr().err
+    assert wrong in shown and 'rows that the run holds' not in shown
   assert cli.main([*words, '--on', 'gsm9k:nothing']) == 1
   assert "no task 'gsm9k'; near: gsm8k" in capsys.readouterr().err
   assert cli.main([*words, '--on', 'gsm8k:gone.jsonl']) == 1

@@ -83,17 +83,19 @@ def test_held_out_rows_of_a_file_are_random_distinct_and_not_trained_on(
   few = data.load_data(section(**options | {'train_size': 5}))
   assert questions(few.held_out) == tested
   assert list(few.train.values()) == [rows[:5]]
+  assert few.overlap < found.overlap
   drawn = {}
   for seed, size in ((0, 5), (0, 9), (1, 5)):
     more = {'train_size': size, 'train_rows': 'random', 'seed': seed}
     some = data.load_data(section(**options | more))
     (drawn[seed, size],) = some.train.values()
     assert not set(questions(drawn[seed, size])) & set(questions(some.held_out))
-  # More are those and others; some may be of a question that is held out.
-  few = drawn[0, 5]
-  assert few and few == drawn[0, 9][: len(few)] and few != drawn[1, 5]
+  # As many as asked for, though some questions are held out; more are those
+  # and others.
+  assert [*map(len, drawn.values())] == [5, 9, 5]
+  assert drawn[0, 5] == drawn[0, 9][:5] != drawn[1, 5]
   assert {row.place for row in drawn[0, 9]} < {row.place for row in rows}
-  assert few != rows[: len(few)]
+  assert drawn[0, 5] != rows[:5]
 
 
 def test_a_file_of_its_own_is_held_out_and_left_out_of_training(tmp_path):

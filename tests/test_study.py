@@ -104,6 +104,13 @@ def test_runs_without_checkpoints_are_named(tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit):
     cli.main(['analyze', str(tmp_path), '--text', 'a.txt', '--out', out])
   assert 'are of --model' in capsys.readouterr().err
+  for more, words in (
+    (['--own', '-3'], '--own=-3: at least 0'),
+    (['--own', '3', '--limit', '9'], '--limit is of --text'),
+  ):
+    with pytest.raises(SystemExit):
+      cli.main(['analyze', '--model', 'some', *more, '--out', out])
+    assert words in capsys.readouterr().err
 
 
 def test_of_weights(tmp_path, capsys):
@@ -159,6 +166,10 @@ def test_a_text_of_its_own(tmp_path):
   assert len(set(map(tuple, said))) == 40
   texts = '\n\n'.join(map(tokenizer.decode, said))
   assert (tmp_path / 'own.txt').read_text() == texts
+  (model / 'tokenizer.json').unlink()
+  with pytest.raises(ValueError, match='has no tokenizer, which a text needs'):
+    study.of_weights(str(model), tmp_path, own=2, targets='.*/q/kernel')
+  assert 'NF4' in study.of_weights(str(model), tmp_path, targets='.*/q/kernel')
   with pytest.raises(ValueError, match="text='a' and own=2: expected one"):
     study.of_weights(str(model), tmp_path, 'a', own=2, targets='.*')
 

@@ -110,6 +110,22 @@ def test_differences_are_seed_by_seed():
   assert str(second.means['loss']) == '0.5 ± 0'
 
 
+def test_every_seed_of_two_kinds_counts(tmp_path):
+  """Orders of the data times rows drawn: nine runs of one thing."""
+  seeds = [grid(key, range(3)) for key in ('seed', 'data.seed')]
+  points = product(*seeds)
+  lines = [f'"{sweep.name_of(p)}",{n}.0' for n, p in enumerate(points)]
+  file = tmp_path / 'table.csv'
+  file.write_text('\n'.join(['point,held-out loss', *lines]))
+  (group,) = findings.read_table(Sweep('?', 'c.py', points), file)
+  assert group.means['held-out loss'].count == 9
+  one = Sweep('?', 'c.py', points, x='data.seed')
+  with pytest.raises(
+    ValueError, match=r"names 'data\.seed'; points .* averaged"
+  ):
+    sweep.build(one, {})
+
+
 def test_rows_drawn_anew_are_repetitions_too(tmp_path):
   """What differs in its seeds alone is one thing, of the training and data."""
   file = tmp_path / 'table.csv'

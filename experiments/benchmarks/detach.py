@@ -19,7 +19,7 @@ from qdora_jax.model import Decoder
 from qdora_jax.optim import make_optimizer
 from qdora_jax.published import model_config
 from qdora_jax.specs import AdapterSpec
-from qdora_jax.train import make_step
+from qdora_jax.step import make_step
 
 
 def compiled(job: Job) -> int:

@@ -36,6 +36,7 @@ from qdora_jax.job import Job
 from qdora_jax.model import Decoder, LayerKind, ModelConfig
 from qdora_jax.plan import plan
 from qdora_jax.published import model_config
+from qdora_jax.step import make_step
 
 TINY = ModelConfig(
   vocab=512,
@@ -96,7 +97,7 @@ def run(
   state = train.initial_state(trained, optimizer, 0, mesh)
   trained, moments = state['trained'], state['optimizer']
   fixed = jax.jit(norms)(base, trained)
-  step = train.make_step(model, optimizer, like=(trained, moments))
+  step = make_step(model, optimizer, like=(trained, moments))
   draw = np.random.RandomState(seed)
   tokens = draw.randint(0, config.vocab, (rows, length)).astype(np.int32)
   places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))

@@ -26,12 +26,12 @@ from qdora_jax import (
   norms,
   quantize,
   sharding,
-  train,
 )
 from qdora_jax.chat import Example
 from qdora_jax.data import Batches
 from qdora_jax.interop.families import model_config
 from qdora_jax.model import Decoder
+from qdora_jax.step import make_step
 
 
 def loaded(args: argparse.Namespace, quant: QuantSpec | None) -> Any:
@@ -66,7 +66,7 @@ def make(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     init = functools.partial(init_adapter, jax.random.key(args.seed), spec=spec)
     trained = jax.jit(init)(base)
   optimizer = optax.adamw(1e-4)
-  step = train.make_step(model, optimizer)
+  step = make_step(model, optimizer)
   tokens = np.random.default_rng(args.seed).integers(
     0, args.config['vocab_size'], (args.batch, args.sequence), np.int32
   )

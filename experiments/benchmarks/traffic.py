@@ -3,7 +3,7 @@
   XLA_FLAGS=--xla_force_host_platform_device_count=8 \
     python experiments/benchmarks/traffic.py [METHOD] [FSDP] [TENSOR]
 
-Compiles the step of `train.make_step` for a Llama of four wide layers on all
+Compiles the step of `step.make_step` for a Llama of four wide layers on all
 devices there are, without weights, and lists every collective: bytes that it
 brings to each device, how often it runs in a step, and what it moves - packed
 kernels, the adapter, full-precision parameters, activations. Where XLA says so
@@ -32,10 +32,10 @@ from qdora_jax import (
   paths,
   quantize,
   rope,
-  train,
 )
 from qdora_jax.model import Decoder, LayerKind, ModelConfig
 from qdora_jax.sharding import BATCH, gathering, make_mesh, shardings
+from qdora_jax.step import make_step
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all')
 KINDS += ('collective-permute',)
@@ -211,7 +211,7 @@ def compiled_step(
   batches['weights'] = batch(np.float32, length - 1)
   trained_on, state_on = place(trained), place(state)
   like = trained_on, state_on
-  step = train.make_step(model, optimizer, microbatches, like)
+  step = make_step(model, optimizer, microbatches, like)
   key = jax.eval_shape(lambda: jax.random.key(0))
   lowered = step.lower(*like, place(base), place(fixed), batches, key)
   return lowered.compile(), base, trained

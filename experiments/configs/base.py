@@ -55,6 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.system = ''
   # What a well-formed answer looks like; the share of those is reported.
   config.data.answer_pattern = r'.+'
+  # Of a task's problems, of rows held out of a file and of random ones.
   config.data.seed = 0
   # Rows to train on; 0 takes all, and makes 1000 of a task.
   config.data.train_size = 0
@@ -163,10 +164,11 @@ def get_config() -> ml_collections.ConfigDict:
   # answers to look at); 0 for none.
   config.eval.every = 0
   config.eval.samples = 2
-  # Its KV cache is what evaluation costs in memory.
+  # Its KV cache is what evaluation costs in memory: so many rows, times beams.
   config.eval.batch_size = 50
   config.eval.max_new_tokens = 16
-  # Of a beam search for answers; 1 takes the likeliest token each time.
+  # Of a beam search for answers, with as many times the work; 1 takes the
+  # likeliest token each time.
   config.eval.beams = 1
   # What the trained model is measured on besides, {'boolq:FILE': rows, 0 for
   # all}: see qdora_jax/benchmark.py.

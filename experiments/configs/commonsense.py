@@ -108,7 +108,7 @@ def get_config(form: str = '') -> ml_collections.ConfigDict:
   config.optim.warmup_steps = 100
   config.eval.before = False
   config.eval.benchmarks = dict.fromkeys(TEST, 0)
-  config.eval.batch_size = 32
+  config.eval.batch_size = 8
   config.eval.beams = 4
   if form == 'tiny':
     config.data.train_size = 100
