@@ -103,7 +103,9 @@ def test_evaluating_on_a_source(workdir, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(folder, 'write', full)
   assert cli.main([*words, '--on', source]) == 0
   shown = capsys.readouterr()
-  assert 'by answers, 3 new tokens, n=1:' in shown.out and 'no space' in shown.err
+  assert (
+    'by answers, 3 new tokens, n=1:' in shown.out and 'no space' in shown.err
+  )
   assert len(folder.benchmarks(workdir)) == 4
   assert cli.main([*words, '--on', source, '--batch-size', '0']) == 1
   assert '--batch-size=0: at least 1' in capsys.readouterr().err

@@ -2,8 +2,8 @@
 
   qdora sweep experiments/sweeps/targets.py --out runs/sweeps/targets
 
-24 runs of SmolLM2-135M with DoRA on E2E data to text: four sets of matrices,
-two learning rates, three seeds. The ranks are chosen so that each set trains
+36 runs of SmolLM2-135M with DoRA on E2E data to text: four sets of matrices,
+three learning rates, three seeds. The ranks are chosen so that each set trains
 about as many parameters (3.3 to 3.5 million). Measured is the loss on inputs of
 the valid split. Some fifty minutes on two CPU cores, by rank.py's two minutes a
 run; not yet run.
@@ -27,7 +27,7 @@ def get_sweep() -> Sweep:
     config='e2e_small.py:loss',
     points=product(
       grid('seed', [0, 1, 2]),
-      grid('optim.lr', [1e-3, 3e-3]),
+      grid('optim.lr', [1e-3, 3e-3, 1e-2]),
       zipped(
         {
           'label': labels,
