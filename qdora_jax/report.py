@@ -31,9 +31,10 @@ def count(tree: Any) -> int:
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
   """Markdown of a heading and rows."""
   head, *rest = lines
-  return ''.join(
-    f'| {" | ".join(line)} |\n' for line in (head, ['---'] * len(head), *rest)
-  )
+  rows = (head, ['---'] * len(head), *rest)
+  # A bar within a cell, as of a regex, would end it.
+  cells = ([cell.replace('|', r'\|') for cell in row] for row in rows)
+  return ''.join(f'| {" | ".join(row)} |\n' for row in cells)
 
 
 def answer_text(question: str, given: str, expected: str) -> str:

@@ -164,3 +164,8 @@ def test_the_estimate_counts_products_with_kernels(monkeypatch):
   assert seconds == 2 * 32 * 2 * KERNELS / one
   assert report.estimate(base, adapter, 32, 'block') == 1.5 * seconds
   assert report.estimate({}, tiny.loaded()[1], 32, 'none') == 1.5 * seconds
+
+
+def test_a_bar_in_a_cell_does_not_end_it():
+  text = report.markdown_table([['targets', 'loss'], ['.*/(q|v)/kernel', '1']])
+  assert text.splitlines()[2] == r'| .*/(q\|v)/kernel | 1 |'
