@@ -3,10 +3,10 @@
   qdora sweep experiments/sweeps/targets.py --out runs/sweeps/targets
 
 33 runs of SmolLM2-135M with DoRA on E2E data to text: four sets of matrices,
-two learning rates and for subsets a larger one, three seeds. The ranks are chosen so that each set trains
-about as many parameters (3.3 to 3.5 million). Measured is the loss on inputs of
-the valid split. Some fifty minutes on two CPU cores, by rank.py's two minutes a
-run; not yet run.
+two learning rates and for subsets a larger one, three seeds. The ranks are
+chosen so that each set trains about as many parameters (3.3 to 3.5 million).
+Measured is the loss on inputs of the valid split. Some two to four minutes a
+run on one CPU core.
 """
 
 from qdora_jax.sweep import Sweep, grid, product, zipped
