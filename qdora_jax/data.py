@@ -72,14 +72,12 @@ def load_data(section: DataSection) -> Data:
   tested = {row.bare for row in held_out}
   overlap = 0
   for source, some in train.items():
-    train[source] = []
-    for row in some:
-      if row.bare in tested:
-        overlap += 1
-      elif len(train[source]) < (section.train_size or len(some)):
-        train[source].append(row)
-      else:
-        break
+    count = section.train_size or len(some)
+    free = [n for n, row in enumerate(some) if row.bare not in tested]
+    # Up to the first row that is not asked for.
+    looked_at = free[count] if len(free) > count else len(some)
+    train[source] = [some[n] for n in free[:count]]
+    overlap += looked_at - len(train[source])
     if not train[source]:
       raise ValueError(
         f'{source}: nothing is left to train on; all of its rows are among '

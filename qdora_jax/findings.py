@@ -100,9 +100,7 @@ def _grouped(found: Iterable[tuple[Point, dict[str, float]]]) -> list[Group]:
   for point, figures in found:
     rest = {k: v for k, v in point.items() if k not in SEEDS}
     group = together.setdefault(name_of(rest), Group(rest, {}))
-    seeds = [point[key] for key in SEEDS if key in point]
-    alike = len(set(seeds)) == 1
-    group.rows[seeds[0] if alike else tuple(seeds) or None] = figures
+    group.rows[tuple(point[k] for k in SEEDS if k in point)] = figures
   return list(together.values())
 
 

@@ -233,18 +233,18 @@ def of_weights(
   whole = rows.as_text(rows.read(text))[: limit or None] if text else ''
   model, params, tokenizer = load_pretrained(name)
   pairs: Sequence[likelihood.Pair] = []
-  if (whole or own) and tokenizer is None:
-    raise ValueError(
-      f'{name} has no tokenizer, which a text needs; expected one beside it, '
-      'or neither text nor own'
-    )
+  if whole or own:
+    if tokenizer is None:
+      raise ValueError(
+        f'{name} has no tokenizer, which a text needs; expected one beside it, '
+        'or neither text nor own'
+      )
+    first = likelihood.first_token(tokenizer)
   out.mkdir(parents=True, exist_ok=True)
   if whole:
     ids = tokenizer.encode(whole, add_special_tokens=False, verbose=False)
-    first = likelihood.first_token(tokenizer)
     pairs = list(likelihood.windows(ids, first, length))
   elif own:
-    first = likelihood.first_token(tokenizer)
     said = own_texts(model, params, first, own, length)
     pairs = [([first], ids) for ids in said]
     folder.write_text(out / 'own.txt', '\n\n'.join(map(tokenizer.decode, said)))

@@ -139,7 +139,10 @@ def test_rows_drawn_anew_are_repetitions_too(tmp_path):
     {'adapter.rank': 1},
     {'adapter.rank': 2},
   ]
-  assert found[0].rows == {0: {'held-out loss': 0}, 1: {'held-out loss': 2}}
+  assert found[0].rows == {
+    (0, 0): {'held-out loss': 0},
+    (1, 1): {'held-out loss': 2},
+  }
 
 
 def test_what_is_tuned_is_plotted_at_its_best(tmp_path, monkeypatch):
