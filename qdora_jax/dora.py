@@ -184,9 +184,11 @@ def apply(
   g = jnp.broadcast_to(g, turned.shape)
   if w.lora_a is not None:
     turned += lora.correction(dropped, w)
+  turned = checkpoint_name(turned, lora.PRODUCT)
   if dropped is x:
     return (g * turned).astype(x.dtype)
-  return (outs[0] - outs[1] + g * turned).astype(x.dtype)
+  left_out = checkpoint_name(outs[0] - outs[1], lora.PRODUCT)
+  return (left_out + g * turned).astype(x.dtype)
 
 
 def merge(w: DoraWeight, base_IxO: jax.Array) -> jax.Array:

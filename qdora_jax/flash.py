@@ -21,8 +21,13 @@ L, S] numbers; here [H, chunk, chunk] exist at once. The price is the scores'
 product once more in the backward pass. Sums, maxima and exponentials are
 float32, products are of q's dtype with float32 sums, as in the plain form.
 
-Dims as in model.py, and: G query heads to a kv head, C and E tokens of a chunk
-of queries and of keys, N and M chunks of them.
+A query head is to its kv head's keys as so many more queries. Scores have keys
+before queries, sums a head's features before tokens: where a product reads its
+left factor down the columns, XLA's CPU takes a library that runs small ones on
+all cores, and copies nothing (experiments/LOG.md).
+
+Dims as in model.py, and: Q queries of a chunk, of all heads of a kv head; E its
+keys; N and M chunks of them.
 """
 
 import functools
@@ -65,114 +70,120 @@ def flash(
 
 
 def _forward(q, k, v, sight, scale, softcap):
-  q_NxBxKxGxCxDh, k_MxBxKxExDh, v_MxBxKxExDh = _cut(q, k, v, sight.chunk)
-  seen = sight.chunks()
+  q_NxBxKxQxDh, k_MxBxKxExDh, v_MxBxKxExDh = _cut(q, k, v, sight.chunk)
+  kt_MxBxKxDhxE = k_MxBxKxExDh.mT
+  seen = sight.chunks(q.shape[2] // k.shape[2])
 
   def step(n, state):
     i, j = sight.pairs_Px2[n]
-    s_BxKxGxCxE = _scores(
-      _at(q_NxBxKxGxCxDh, i),
-      _at(k_MxBxKxExDh, j),
-      seen.of(i, j),
-      scale,
-      softcap,
-    )
-    y, m, total = (_at(a, i) for a in state)
-    larger = jnp.maximum(m, jnp.max(s_BxKxGxCxE, axis=-1, keepdims=True))
-    p_BxKxGxCxE = jnp.exp(s_BxKxGxCxE - larger)
-    shrink = jnp.exp(m - larger)
-    total = total * shrink + jnp.sum(p_BxKxGxCxE, axis=-1, keepdims=True)
-    y = y * shrink + _product(
-      'bkgce,bked->bkgcd', p_BxKxGxCxE.astype(v.dtype), _at(v_MxBxKxExDh, j)
-    )
-    return tuple(
-      _put(a, b, i) for a, b in zip(state, (y, larger, total), strict=True)
-    )
+    q, kt, v = _at(q_NxBxKxQxDh, i), _at(kt_MxBxKxDhxE, j), _at(v_MxBxKxExDh, j)
+    s_BxKxExQ = _scores(q, kt, seen.of(i, j), scale, softcap)
+    y_BxKxDhxQ, m_BxKx1xQ, total = (_at(a, i) for a in state)
+    larger = jnp.max(s_BxKxExQ, axis=-2, keepdims=True)
+    larger = jnp.maximum(m_BxKx1xQ, larger)
+    p_BxKxExQ = jnp.exp(s_BxKxExQ - larger)
+    shrink = jnp.exp(m_BxKx1xQ - larger)
+    total = total * shrink + jnp.sum(p_BxKxExQ, axis=-2, keepdims=True)
+    part = _product('bked,bkeq->bkdq', v, p_BxKxExQ.astype(v.dtype))
+    new = y_BxKxDhxQ * shrink + part, larger, total
+    return tuple(_put(a, b, i) for a, b in zip(state, new, strict=True))
 
-  y = jnp.zeros(q_NxBxKxGxCxDh.shape, jnp.float32)
-  one = y[..., :1]
-  y, m, total = jax.lax.fori_loop(0, sight.count, step, (y, one + LEAST, one))
+  y_NxBxKxDhxQ = jnp.zeros(q_NxBxKxQxDh.mT.shape, jnp.float32)
+  one = y_NxBxKxDhxQ[..., :1, :]
+  start = y_NxBxKxDhxQ, one + LEAST, one
+  y, m, total = jax.lax.fori_loop(0, sight.count, step, start)
   total = jnp.where(total > 0, total, 1)
-  y = checkpoint_name(_join((y / total).astype(q.dtype), q.shape), ATTENDED)
-  logsumexp = checkpoint_name(m + jnp.log(total), ATTENDED)
-  return y, (q, k, v, sight, y, logsumexp)
+  y = checkpoint_name(_join((y / total).mT, q), ATTENDED)
+  logsumexp_NxBxKx1xQ = checkpoint_name(m + jnp.log(total), ATTENDED)
+  return y, (q, k, v, sight, y, logsumexp_NxBxKx1xQ)
 
 
 def _backward(scale, softcap, residuals, dy):
-  q, k, v, sight, y, logsumexp_NxBxKxGxCx1 = residuals
-  q_NxBxKxGxCxDh, k_MxBxKxExDh, v_MxBxKxExDh = _cut(q, k, v, sight.chunk)
-  dy_NxBxKxGxCxDh = _heads(dy, k.shape[2], sight.chunk)
-  seen = sight.chunks()
+  q, k, v, sight, y, logsumexp_NxBxKx1xQ = residuals
+  q_NxBxKxQxDh, k_MxBxKxExDh, v_MxBxKxExDh = _cut(q, k, v, sight.chunk)
+  kt_MxBxKxDhxE, vt_MxBxKxDhxE = k_MxBxKxExDh.mT, v_MxBxKxExDh.mT
+  dy_NxBxKxQxDh, *_ = _cut(dy, k, v, sight.chunk)
   along = dy.astype(jnp.float32) * y.astype(jnp.float32)
   along = jnp.sum(along, axis=-1, keepdims=True)
-  along_NxBxKxGxCx1 = _heads(along, k.shape[2], sight.chunk)
+  along_NxBxKx1xQ = _cut(along, k, v, sight.chunk)[0].mT
+  seen = sight.chunks(q.shape[2] // k.shape[2])
 
   def step(n, sums):
     i, j = sight.pairs_Px2[n]
-    q, dy = _at(q_NxBxKxGxCxDh, i), _at(dy_NxBxKxGxCxDh, i)
-    k, v = _at(k_MxBxKxExDh, j), _at(v_MxBxKxExDh, j)
-    s_BxKxGxCxE = _scores(q, k, seen.of(i, j), scale, softcap)
-    p = jnp.exp(s_BxKxGxCxE - _at(logsumexp_NxBxKxGxCx1, i))
-    ds = _product('bkgcd,bked->bkgce', dy, v) - _at(along_NxBxKxGxCx1, i)
+    q, dy = _at(q_NxBxKxQxDh, i), _at(dy_NxBxKxQxDh, i)
+    k, kt, vt = (
+      _at(a, j) for a in (k_MxBxKxExDh, kt_MxBxKxDhxE, vt_MxBxKxDhxE)
+    )
+    s_BxKxExQ = _scores(q, kt, seen.of(i, j), scale, softcap)
+    p = jnp.exp(s_BxKxExQ - _at(logsumexp_NxBxKx1xQ, i))
+    ds = _product('bkde,bkqd->bkeq', vt, dy) - _at(along_NxBxKx1xQ, i)
     ds *= p
     if softcap is not None:
       # Where a score is hidden p is 0; the square there must be finite.
-      bent = jnp.clip(s_BxKxGxCxE / softcap, -1, 1)
+      bent = jnp.clip(s_BxKxExQ / softcap, -1, 1)
       ds *= 1 - jnp.square(bent)
     ds = (scale * ds).astype(q.dtype)
     parts = (
-      _product('bkgce,bked->bkgcd', ds, k),
-      _product('bkgce,bkgcd->bked', ds, q),
-      _product('bkgce,bkgcd->bked', p.astype(dy.dtype), dy),
+      _product('bked,bkeq->bkdq', k, ds),
+      _product('bkqd,bkeq->bkde', q, ds),
+      _product('bkqd,bkeq->bkde', dy, p.astype(dy.dtype)),
     )
     return tuple(
       _put(a, _at(a, n) + b, n)
       for a, b, n in zip(sums, parts, (i, j, j), strict=True)
     )
 
-  like = (q_NxBxKxGxCxDh, k_MxBxKxExDh, v_MxBxKxExDh)
+  like = q_NxBxKxQxDh.mT, kt_MxBxKxDhxE, vt_MxBxKxDhxE
   zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in like)
   sums = jax.lax.fori_loop(0, sight.count, step, zeros)
-  dq, dk, dv = (
-    _join(a, x.shape).astype(x.dtype)
-    for a, x in zip(sums, (q, k, v), strict=True)
-  )
+  dq, dk, dv = (_join(a.mT, x) for a, x in zip(sums, (q, k, v), strict=True))
   return dq, dk, dv, None
 
 
 flash.defvjp(_forward, _backward)
 
 
-def _scores(q_BxKxGxCxDh, k_BxKxExDh, sight, scale, softcap):
-  """Of one pair of chunks: f32 [B, K, G, C, E]."""
-  s = scale * _product('bkgcd,bked->bkgce', q_BxKxGxCxDh, k_BxKxExDh)
+def _scores(q_BxKxQxDh, kt_BxKxDhxE, sight, scale, softcap):
+  """Of one pair of chunks: f32 [B, K, E, Q]."""
+  s = scale * _product('bkde,bkqd->bkeq', kt_BxKxDhxE, q_BxKxQxDh)
   if softcap is not None:
     s = softcap * jnp.tanh(s / softcap)
-  return jnp.where(sight.mask()[:, None, None], s, HIDDEN)
+  return jnp.where(sight.mask().mT[:, None], s, HIDDEN)
 
 
 # One chunk, and one in its place: a slice, where indexing would be a scatter.
 _at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 _put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Of two factors of one dtype, with float32 sums.
+
+  XLA's CPU has no such products of 16 bits; of the numbers widened they give
+  the same.
+  """
+  if jax.default_backend() == 'cpu':
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
 
 
 def _cut(q, k, v, chunk):
-  """Queries as [N, B, K, G, C, Dh], keys and values as [M, B, K, E, Dh]."""
-  kv = k.shape[2]
-  k, v = (_heads(a, kv, chunk)[:, :, :, 0] for a in (k, v))
-  return _heads(q, kv, chunk), k, v
+  """Queries as [N, B, K, Q, Dh], keys and values as [M, B, K, E, Dh]."""
+  return tuple(_chunks(a, k.shape[2], chunk) for a in (q, k, v))
 
 
-def _heads(x_BxLxHxDh: jax.Array, kv: int, chunk: int) -> jax.Array:
-  """[B, L, K G, Dh] in chunks: [N, B, K, G, C, Dh]."""
-  *lead, h, dh = x_BxLxHxDh.shape
-  chunks = cut(x_BxLxHxDh.reshape(*lead, kv, h // kv, dh), chunk)
-  return chunks.transpose(0, 1, 3, 4, 2, 5)
+def _chunks(x_BxLxHxDh: jax.Array, kv: int, chunk: int) -> jax.Array:
+  """[B, L, K G, Dh] in chunks: [N, B, K, G C, Dh]."""
+  rows, length, heads, width = x_BxLxHxDh.shape
+  x = x_BxLxHxDh.reshape(rows, length, kv, heads // kv, width)
+  x = cut(x, chunk).transpose(0, 1, 3, 4, 2, 5)
+  return x.reshape(*x.shape[:3], -1, width)
 
 
-def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """`_heads` undone: [N, B, K, (G,) C, Dh] as [B, L, H, Dh]."""
-  x = jnp.moveaxis(x, (0, -2), (1, 2))
-  rows, count, each = x.shape[:3]
-  return x.reshape(rows, count * each, *shape[2:])[:, : shape[1]]
+def _join(x_NxBxKxQxDh: jax.Array, like: jax.Array) -> jax.Array:
+  """`_chunks` undone: [B, L, H, Dh] in the shape and dtype of `like`."""
+  count, rows, kv, queries, width = x_NxBxKxQxDh.shape
+  group = like.shape[2] // kv
+  x = x_NxBxKxQxDh.reshape(count, rows, kv, group, queries // group, width)
+  x = x.transpose(1, 0, 4, 2, 3, 5).reshape(rows, -1, *like.shape[2:])
+  return x[:, : like.shape[1]].astype(like.dtype)

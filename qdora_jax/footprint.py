@@ -119,8 +119,8 @@ def _kept(job: Job) -> tuple[int, int]:
 # the compute dtype). Adapted kernels' products come in float32.
 _WIDE = {
   'full': {'block': (0, 4), 'dots': (0, 3), 'none': (0, 3)},
-  'lora': {'block': (2, 6), 'dots': (0, 6), 'none': (0, 3)},
-  'dora': {'block': (4, 8), 'dots': (0, 6), 'none': (0, 6)},
+  'lora': {'block': (2, 6), 'dots': (0, 3), 'none': (0, 3)},
+  'dora': {'block': (4, 8), 'dots': (0, 5), 'none': (0, 6)},
 }
 # Arrays [H, L, L] of float32: what the backward pass of attention makes of the
 # scores, and how many of them wait for it while the feed-forward's runs.

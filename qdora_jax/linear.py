@@ -28,9 +28,6 @@ from qdora_jax.lora import LoraWeight
 from qdora_jax.nf4 import NF4Array
 from qdora_jax.several import SeveralWeight
 
-# Name of every product with a base, for rematerialization policies.
-PRODUCT = 'product'
-
 
 def linear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
   """x @ w + bias for any weight leaf, in x's dtype.
@@ -56,6 +53,7 @@ def linear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     y = several.apply(x, w, _readers(w.base, x.dtype)[0])
   else:
     (y,) = _products((x,), w, x.dtype)
+    y = checkpoint_name(y, lora.PRODUCT)
   if bias is None:
     return y
   return y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
@@ -154,10 +152,8 @@ def _products(
   """Each row's product with one reading of the base, in dtype `out`."""
   dtype = rows[0].dtype
   if isinstance(base, NF4Array):
-    outs = _nf4_products((dtype, jnp.dtype(out)), rows, base)
-  else:
-    outs = _multiply(rows, materialize(base, dtype), out)
-  return tuple(checkpoint_name(y, PRODUCT) for y in outs)
+    return _nf4_products((dtype, jnp.dtype(out)), rows, base)
+  return _multiply(rows, materialize(base, dtype), out)
 
 
 def _multiply(

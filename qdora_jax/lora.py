@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Name of x A, for rematerialization policies.
-LOW = 'low'
+# Names for rematerialization policies: of x A, and of a whole product, x W with
+# what an adapter adds to it, before DoRA's gain.
+LOW, PRODUCT = 'low', 'product'
 
 
 class LoraWeight(flax.struct.PyTreeNode):
@@ -158,7 +159,8 @@ def apply(
     products: `products(x1, x2, ...)` gives (x1 W, x2 W, ...) in float32.
   """
   (y,) = products(x)
-  return (y + correction(drop(x, w), w)).astype(x.dtype)
+  y += correction(drop(x, w), w)
+  return checkpoint_name(y.astype(x.dtype), PRODUCT)
 
 
 def merge(w: LoraWeight, base_IxO: jax.Array) -> jax.Array:

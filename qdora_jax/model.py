@@ -30,8 +30,8 @@ from jax.sharding import Mesh
 from qdora_jax.attention import Form, attention
 from qdora_jax.dora import NORM
 from qdora_jax.flash import ATTENDED
-from qdora_jax.linear import PRODUCT, linear, product
-from qdora_jax.lora import LOW
+from qdora_jax.linear import linear, product
+from qdora_jax.lora import LOW, PRODUCT
 from qdora_jax.rope import Rope, angles, rotate
 from qdora_jax.sharding import by_batch
 from qdora_jax.sight import ALL, NOWHERE, look

@@ -55,16 +55,24 @@ class Sight:
       mask &= own == self.key_segment_BxS[:, None, :]
     return mask
 
-  def chunks(self) -> 'Sight':
-    """Cut: [B, L] as [N, B, chunk], the last chunk filled up."""
+  def chunks(self, heads: int = 1) -> 'Sight':
+    """Cut: [B, L] as [N, B, chunk], the last chunk filled up.
+
+    A chunk's queries are there once for each of so many heads: [N, B, heads
+    chunk].
+    """
+
+    def queries(array_BxL: jax.Array, **filling: Any) -> jax.Array:
+      return jnp.tile(cut(array_BxL, self.chunk, **filling), heads)
+
     parts = self.replace(
-      query_BxL=cut(self.query_BxL, self.chunk, constant_values=_NO_QUERY),
+      query_BxL=queries(self.query_BxL, constant_values=_NO_QUERY),
       key_BxS=cut(self.key_BxS, self.chunk, constant_values=_NO_KEY),
     )
     if self.query_segment_BxL is None:
       return parts
     return parts.replace(
-      query_segment_BxL=cut(self.query_segment_BxL, self.chunk),
+      query_segment_BxL=queries(self.query_segment_BxL),
       key_segment_BxS=cut(self.key_segment_BxS, self.chunk),
     )
 
