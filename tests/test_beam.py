@@ -91,6 +91,7 @@ def test_one_new_token_and_sixteen_bits():
   assert got == generate(half, params, batch, COUNT)
 
 
+@pytest.mark.slow
 def test_weights_on_a_mesh():
   model, params, _ = tiny.loaded(tied=False)
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)

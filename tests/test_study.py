@@ -152,6 +152,7 @@ def test_of_weights(tmp_path, capsys):
   assert not (tmp_path / 'none').exists()
 
 
+@pytest.mark.slow
 def test_a_text_of_its_own(tmp_path):
   """Each is what it was when it was written, and no format reads it better."""
   model = tiny.write(tmp_path / 'model', tied=False)

@@ -166,7 +166,14 @@ def test_logits_of_smollm2_out_of_its_gguf(smollm2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+  'method',
+  [
+    # All four are compared on the small model.
+    pytest.param(m, marks=[pytest.mark.exhaustive] * (m in ('qlora', 'dora')))
+    for m in METHODS
+  ],
+)
 def test_twenty_steps_of_smollm2(smollm2, method):
   tokens = text(smollm2, 20, 2, 64)
   got, theirs = both(smollm2, method, tokens, rank=16, alpha=32.0, lr=5e-4)
