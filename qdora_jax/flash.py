@@ -70,7 +70,8 @@ def flash(
 
 
 def _forward(q, k, v, sight, scale, softcap):
-  q_NxBxKxQxDh, k_MxBxKxExDh, v_MxBxKxExDh = _cut(q, k, v, sight.chunk)
+  chunks = functools.partial(_chunks, k.shape[2], sight.chunk)
+  q_NxBxKxQxDh, k_MxBxKxExDh, v_MxBxKxExDh = map(chunks, (q, k, v))
   kt_MxBxKxDhxE = k_MxBxKxExDh.mT
   seen = sight.chunks(q.shape[2] // k.shape[2])
 
@@ -100,12 +101,13 @@ def _forward(q, k, v, sight, scale, softcap):
 
 def _backward(scale, softcap, residuals, dy):
   q, k, v, sight, y, logsumexp_NxBxKx1xQ = residuals
-  q_NxBxKxQxDh, k_MxBxKxExDh, v_MxBxKxExDh = _cut(q, k, v, sight.chunk)
+  chunks = functools.partial(_chunks, k.shape[2], sight.chunk)
+  q_NxBxKxQxDh, k_MxBxKxExDh, v_MxBxKxExDh = map(chunks, (q, k, v))
   kt_MxBxKxDhxE, vt_MxBxKxDhxE = k_MxBxKxExDh.mT, v_MxBxKxExDh.mT
-  dy_NxBxKxQxDh, *_ = _cut(dy, k, v, sight.chunk)
+  dy_NxBxKxQxDh = chunks(dy)
   along = dy.astype(jnp.float32) * y.astype(jnp.float32)
   along = jnp.sum(along, axis=-1, keepdims=True)
-  along_NxBxKx1xQ = _cut(along, k, v, sight.chunk)[0].mT
+  along_NxBxKx1xQ = chunks(along).mT
   seen = sight.chunks(q.shape[2] // k.shape[2])
 
   def step(n, sums):
@@ -167,13 +169,8 @@ def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
 
 
-def _cut(q, k, v, chunk):
-  """Queries as [N, B, K, Q, Dh], keys and values as [M, B, K, E, Dh]."""
-  return tuple(_chunks(a, k.shape[2], chunk) for a in (q, k, v))
-
-
-def _chunks(x_BxLxHxDh: jax.Array, kv: int, chunk: int) -> jax.Array:
-  """[B, L, K G, Dh] in chunks: [N, B, K, G C, Dh]."""
+def _chunks(kv: int, chunk: int, x_BxLxHxDh: jax.Array) -> jax.Array:
+  """[B, L, K G, Dh] in chunks: [N, B, K, G chunk, Dh]."""
   rows, length, heads, width = x_BxLxHxDh.shape
   x = x_BxLxHxDh.reshape(rows, length, kv, heads // kv, width)
   x = cut(x, chunk).transpose(0, 1, 3, 4, 2, 5)
