@@ -164,11 +164,10 @@ def test_remat_keeps_less_for_the_backward_pass():
   assert kept('none') > 1.05 * kept('dots') > 1.05**2 * kept('block')
 
 
-@pytest.mark.parametrize('remat', ['none', 'dots', 'block', 'offload'])
-def test_a_norm_is_found_once(remat):
-  """A^T W is multiplied on the way forward alone."""
+def products_of_a_step(method, remat, name):
+  """How often a gradient multiplies two types of arrays; a kernel's [I, O]."""
   model, base, _ = tiny.loaded(quant=QuantSpec())
-  spec = AdapterSpec('dora', rank=3, targets='.*/down/kernel')
+  spec = AdapterSpec(method, rank=3, targets=f'.*/{name}/kernel')
   adapter = init_adapter(jax.random.key(0), base, spec)
   fixed = norms(base, adapter)
   f = objective(model.clone(remat=remat))
@@ -177,11 +176,26 @@ def test_a_norm_is_found_once(remat):
     return f(attach(base, adapter, norms=fixed))
 
   text = jax.jit(jax.grad(loss)).lower(adapter).as_text()
-  i, o = base['layers']['mlp']['down']['kernel'].shape[-2:]
   products = collections.Counter(
     re.findall(r'dot_general .*: \(tensor<(\w+)>, tensor<(\w+)>\)', text)
   )
+  return products, base['layers']['mlp'][name]['kernel'].shape[-2:]
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots', 'block', 'offload'])
+def test_a_norm_is_found_once(remat):
+  """A^T W is multiplied on the way forward alone."""
+  products, (i, o) = products_of_a_step('dora', remat, 'down')
   assert products[f'3x{i}xf32', f'{i}x{o}xf32'] == 1
+
+
+@pytest.mark.parametrize('method', ['lora', 'dora'])
+def test_dots_keeps_what_an_adapter_made_of_a_product(method):
+  """s (x A) B is added to x W on the way forward alone."""
+  again, (_, o) = products_of_a_step(method, 'block', 'up')
+  once, _ = products_of_a_step(method, 'dots', 'up')
+  thin = '2x8x3xf32', f'3x{o}xf32'
+  assert (again[thin], once[thin]) == (2, 1)
 
 
 def test_offloaded_block_inputs_wait_in_the_hosts_memory():
