@@ -178,7 +178,10 @@ def apply(
   turned = outs[len(rows) - 1]
   length = w.norm
   if length is None:
-    atw = outs[-1] if norm_rows(w) else None
+    atw = None
+    if norm_rows(w):
+      # Read again on the way back only where the norm is not held constant.
+      atw = checkpoint_name(outs[-1], lora.PRODUCT)
     length = checkpoint_name(norm(w, atw, dense), NORM)
   g = gain(w, length)
   g = jnp.broadcast_to(g, turned.shape)

@@ -21,13 +21,13 @@ L, S] numbers; here [H, chunk, chunk] exist at once. The price is the scores'
 product once more in the backward pass. Sums, maxima and exponentials are
 float32, products are of q's dtype with float32 sums, as in the plain form.
 
-A query head is to its kv head's keys as so many more queries. Scores have keys
+The query heads of a kv head are one long list of queries. Scores have keys
 before queries, sums a head's features before tokens: where a product reads its
 left factor down the columns, XLA's CPU takes a library that runs small ones on
 all cores, and copies nothing (experiments/LOG.md).
 
-Dims as in model.py, and: Q queries of a chunk, of all heads of a kv head; E its
-keys; N and M chunks of them.
+Dims as in model.py, and: G query heads to a kv head; C tokens of a chunk of
+queries, Q = G C; E keys of a chunk; N and M chunks of queries and of keys.
 """
 
 import functools
@@ -156,31 +156,24 @@ def _scores(q_BxKxQxDh, kt_BxKxDhxE, sight, scale, softcap):
 # One chunk, and one in its place: a slice, where indexing would be a scatter.
 _at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 _put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
-
-
-def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """Of two factors of one dtype, with float32 sums.
-
-  XLA's CPU has no such products of 16 bits; of the numbers widened they give
-  the same.
-  """
-  if jax.default_backend() == 'cpu':
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _chunks(kv: int, chunk: int, x_BxLxHxDh: jax.Array) -> jax.Array:
-  """[B, L, K G, Dh] in chunks: [N, B, K, G chunk, Dh]."""
+  """[B, L, K G, Dh] in chunks: [N, B, K, G C, Dh]."""
   rows, length, heads, width = x_BxLxHxDh.shape
-  x = x_BxLxHxDh.reshape(rows, length, kv, heads // kv, width)
+  group = heads // kv
+  x = x_BxLxHxDh.reshape(rows, length, kv, group, width)
   x = cut(x, chunk).transpose(0, 1, 3, 4, 2, 5)
-  return x.reshape(*x.shape[:3], -1, width)
+  return x.reshape(*x.shape[:3], group * chunk, width)
 
 
 def _join(x_NxBxKxQxDh: jax.Array, like: jax.Array) -> jax.Array:
   """`_chunks` undone: [B, L, H, Dh] in the shape and dtype of `like`."""
   count, rows, kv, queries, width = x_NxBxKxQxDh.shape
   group = like.shape[2] // kv
-  x = x_NxBxKxQxDh.reshape(count, rows, kv, group, queries // group, width)
-  x = x.transpose(1, 0, 4, 2, 3, 5).reshape(rows, -1, *like.shape[2:])
+  chunk = queries // group
+  x = x_NxBxKxQxDh.reshape(count, rows, kv, group, chunk, width)
+  x = x.transpose(1, 0, 4, 2, 3, 5)
+  x = x.reshape(rows, count * chunk, kv * group, width)
   return x[:, : like.shape[1]].astype(like.dtype)

@@ -132,8 +132,8 @@ _CHUNKED = 2
 # masks, what is left, its gradient; DoRA has a second product with it. With
 # 'none' they are activations.
 _DROPPED = {
-  'lora': {'block': 12, 'dots': 12, 'none': 0},
-  'dora': {'block': 14, 'dots': 16, 'none': 0},
+  'lora': {'block': 12, 'dots': 15, 'none': 0},
+  'dora': {'block': 14, 'dots': 18, 'none': 0},
 }
 # Arrays [tokens, D]: norms' outputs, queries, residual sums, their gradients.
 _NARROW = 9

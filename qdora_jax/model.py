@@ -262,9 +262,10 @@ class Decoder(nn.Module):
     config: shapes and constants.
     dtype: compute dtype of activations and products; logits are float32.
     remat: what the backward pass finds of a layer: 'none' keeps everything,
-      'dots' the products with the base and with A, and what attention in
-      chunks gives; 'block' the layer's input alone; 'offload' the same, waiting
-      in the host's memory. DoRA's norms, a number an output, are kept by all.
+      'dots' the products with kernels, with what an adapter adds to them, those
+      with A, and what attention in chunks gives; 'block' the layer's input
+      alone; 'offload' the same, waiting in the host's memory. DoRA's norms, a
+      number an output, are kept by all.
     mesh: activations are split over it by their rows; None leaves it to XLA.
     attention: its form; 'auto' takes the best for length, dtype and device.
   """

@@ -55,15 +55,14 @@ class Sight:
       mask &= own == self.key_segment_BxS[:, None, :]
     return mask
 
-  def chunks(self, heads: int = 1) -> 'Sight':
+  def chunks(self, group: int = 1) -> 'Sight':
     """Cut: [B, L] as [N, B, chunk], the last chunk filled up.
 
-    A chunk's queries are there once for each of so many heads: [N, B, heads
-    chunk].
+    Queries are there once for each head of a group: [N, B, group chunk].
     """
 
     def queries(array_BxL: jax.Array, **filling: Any) -> jax.Array:
-      return jnp.tile(cut(array_BxL, self.chunk, **filling), heads)
+      return jnp.tile(cut(array_BxL, self.chunk, **filling), group)
 
     parts = self.replace(
       query_BxL=queries(self.query_BxL, constant_values=_NO_QUERY),

@@ -112,12 +112,12 @@ def flops(job: Job) -> float:
     for path, leaf in jax.tree_util.tree_leaves_with_path(made.trained)
     if paths.of(path).endswith(('lora_a', 'lora_b'))
   )
-  per_token += 2 * thin * (3 + (job.remat != 'none'))
+  per_token += 2 * thin * (3 + again)
   scores = 4 * job.seq_len * c.heads * c.head_dim * c.layers
-  passes = 3 + (job.remat != 'none')
-  per_token += (
-    (passes + 0.5) / 2 * scores if in_chunks(job) else passes * scores
-  )
+  if in_chunks(job):
+    per_token += (3.5 + again) / 2 * scores
+  else:
+    per_token += (3 + (job.remat != 'none')) * scores
   tokens = job.batch * job.seq_len
   learned = job.batch * (job.learned or job.seq_len)
   head = 2 * c.width * c.vocab * (2 + full) * learned

@@ -164,10 +164,10 @@ def test_remat_keeps_less_for_the_backward_pass():
   assert kept('none') > 1.05 * kept('dots') > 1.05**2 * kept('block')
 
 
-def products_of_a_step(method, remat, name):
-  """How often a gradient multiplies two types of arrays; a kernel's [I, O]."""
+def products_of_a_step(method, remat, name, **more):
+  """({(left type, right type): how often multiplied}, (I, O) of the kernel)."""
   model, base, _ = tiny.loaded(quant=QuantSpec())
-  spec = AdapterSpec(method, rank=3, targets=f'.*/{name}/kernel')
+  spec = AdapterSpec(method, rank=3, targets=f'.*/{name}/kernel', **more)
   adapter = init_adapter(jax.random.key(0), base, spec)
   fixed = norms(base, adapter)
   f = objective(model.clone(remat=remat))
@@ -182,10 +182,13 @@ def products_of_a_step(method, remat, name):
   return products, base['layers']['mlp'][name]['kernel'].shape[-2:]
 
 
-@pytest.mark.parametrize('remat', ['none', 'dots', 'block', 'offload'])
-def test_a_norm_is_found_once(remat):
+@pytest.mark.parametrize(
+  ('remat', 'detach'),
+  [*((r, True) for r in ('none', 'dots', 'block', 'offload')), ('dots', False)],
+)
+def test_a_norm_is_found_once(remat, detach):
   """A^T W is multiplied on the way forward alone."""
-  products, (i, o) = products_of_a_step('dora', remat, 'down')
+  products, (i, o) = products_of_a_step('dora', remat, 'down', detach=detach)
   assert products[f'3x{i}xf32', f'{i}x{o}xf32'] == 1
 
 
