@@ -80,11 +80,10 @@ def whole_text(tokens):
 @pytest.mark.parametrize(
   'name',
   [
-    # Fused kernels, two kinds of layers, biases, multipliers.
+    # Fused kernels; two kinds of layers.
     pytest.param(
       name,
-      marks=[pytest.mark.exhaustive]
-      * (name not in ('phi3', 'gemma3', 'qwen2', 'granite')),
+      marks=[pytest.mark.exhaustive] * (name not in ('phi3', 'gemma3')),
     )
     for name in families.CONFIGS
   ],
