@@ -32,7 +32,10 @@ class Sight:
     pairs_Px2: i32, numbers of a chunk of queries and of one of keys; first come
       those pairs in which, in some row, a query may see a key.
     count: i32 [], of these.
+    whole: bool [], whether each row is one text, seen up to each query's place.
     chunk: tokens of a chunk.
+    ordered: whether queries and keys are the same tokens. A text's stand in its
+      own order, so that no query sees a key behind its place.
   """
 
   query_BxL: jax.Array
@@ -42,7 +45,9 @@ class Sight:
   window: jax.Array | None
   pairs_Px2: jax.Array | None = None
   count: jax.Array | None = None
+  whole: jax.Array | None = None
   chunk: int = struct.field(pytree_node=False, default=1)
+  ordered: bool = struct.field(pytree_node=False, default=False)
 
   def mask(self) -> jax.Array:
     """bool [B, L, S]: an earlier or the same position, near, same segment."""
@@ -112,9 +117,10 @@ def look(
     *segments,
     window,
     chunk=chunk or best_chunk(jax.default_backend()),
+    ordered=query_BxL is key_BxS,
   )
   pairs_Px2, count = _pairs(sight)
-  return sight.replace(pairs_Px2=pairs_Px2, count=count)
+  return sight.replace(pairs_Px2=pairs_Px2, count=count, whole=_whole(sight))
 
 
 def best_chunk(backend: str) -> int:
@@ -126,6 +132,19 @@ def best_chunk(backend: str) -> int:
   has confirmed yet.
   """
   return 128 if backend == 'cpu' else 512
+
+
+def _whole(sight: Sight) -> jax.Array:
+  """`Sight.whole`: positions rise all along a row, in one segment."""
+  if not sight.ordered:
+    return jnp.bool_(False)
+  along = sight.query_BxL[:, 1:] > sight.query_BxL[:, :-1]
+  if sight.query_segment_BxL is not None:
+    own = sight.query_segment_BxL
+    along &= own[:, 1:] == own[:, :-1]
+  if sight.window is not None:
+    along &= sight.window >= sight.query_BxL.shape[1]
+  return jnp.all(along)
 
 
 def _pairs(sight: Sight) -> tuple[jax.Array, jax.Array]:

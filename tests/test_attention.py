@@ -14,6 +14,7 @@ import tiny
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from tiny import quick_compiles  # noqa: F401
 
+from qdora_jax import attention as attention_room
 from qdora_jax import rope
 from qdora_jax import sight as sight_room
 from qdora_jax.attention import attention, best
@@ -296,6 +297,62 @@ def test_cudnn_takes_what_it_can(gpu):
   for program in (lowered(128), lowered(4096, jnp.float16, window=9)):
     assert '@__cudnn$fmhaScaleBiasSoftmax(' in program
     assert '@__cudnn$fmhaScaleBiasSoftmaxBackward(' in program
+    # Rows of one text take no mask.
+    assert '@__cudnn$fmhaSoftmax(' in program
+    assert '@__cudnn$fmhaSoftmaxBackward(' in program
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+  """cuDNN's attention, written out: lists what each call is told."""
+  calls, real = [], jax.nn.dot_product_attention
+
+  def written_out(q, k, v, implementation=None, **options):
+    assert implementation == 'cudnn'
+    calls.append(('mask' in options, options.get('is_causal', False)))
+    return real(q, k, v, **options)
+
+  monkeypatch.setattr(attention_room, 'fused', lambda *_: True)
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', written_out)
+  return calls
+
+
+@pytest.mark.parametrize(
+  ('segments', 'window', 'whole'),
+  [
+    ([1] * 12, None, True),
+    ([1] * 12, 12, True),
+    ([1] * 12, 5, False),
+    ([1] * 5 + [2] * 7, None, False),
+    ([1] * 9 + [0] * 3, None, False),
+  ],
+)
+def test_cudnn_is_told_what_nobody_sees(recorded, segments, window, whole):
+  """Nothing above the diagonal; and no mask, where that is all."""
+  q, k, v, _ = arrays((12, 12))
+  own = [segments, [1] * 12]
+  places = jnp.asarray(
+    [[row[:n].count(one) for n, one in enumerate(row)] for row in own]
+  )
+  own = jnp.asarray(own)
+  seen = look(places, places, own, own, window)
+  assert bool(seen.whole) == whole and seen.ordered
+  with jax.disable_jit():
+    got = attention(q, k, v, seen)
+  assert recorded == [(not whole, True)]
+  mask = seen.mask()[:, None]
+  exact = jax.nn.dot_product_attention(
+    q, k, v, mask=mask, implementation='cudnn'
+  )
+  np.testing.assert_allclose(got, exact, atol=1e-6)
+
+
+def test_cudnn_of_a_cache_has_its_mask(recorded):
+  q, k, v, _ = arrays((2, 6), rows=1)
+  seen = look(jnp.asarray([[3, 4]]), jnp.arange(6)[None])
+  assert not seen.ordered and not seen.whole
+  attention(q, k, v, seen)
+  assert recorded == [(True, False)]
 
 
 @pytest.mark.parametrize(
