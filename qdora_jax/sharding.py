@@ -177,13 +177,17 @@ def shard(tree: Any, mesh: Mesh, rules: Any = RULES) -> Any:
 
 def gathering(placed: Any, mesh: Mesh) -> Any:
   """A tree on the mesh, whose packed leaves learn where to be gathered."""
+  if mesh.size == 1:
+    return placed  # They are together.
 
   def node(leaf: Any) -> Any:
     if not hasattr(leaf, 'codes'):
       return leaf
     spec = leaf.codes.sharding.spec[-2:]
     # What gathers over `fsdp` must not lose its split over `tensor`.
-    kept = P(*(axis if axis == 'tensor' else None for axis in spec))
+    split = mesh.shape['tensor'] > 1
+    kept = (axis if axis == 'tensor' and split else None for axis in spec)
+    kept = P(*kept)
     return leaf.replace(gathered=NamedSharding(mesh, kept))
 
   return jax.tree.map(node, placed, is_leaf=lambda x: hasattr(x, 'codes'))

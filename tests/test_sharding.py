@@ -4,6 +4,7 @@ What travels between them: test_traffic.py.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,24 @@ def test_whole_blocks_or_not_at_all():
   q = shard(base, make_mesh(fsdp=8))['layers']['attn']['q']['kernel']
   assert q.codes.sharding.is_fully_replicated
   assert q.absmax.sharding.is_fully_replicated
+
+
+def test_what_is_together_is_not_gathered():
+  """Over one device nothing is; over one of `tensor` no axis stays split."""
+  base = quantize(
+    {'layers': {'attn': {'o': {'kernel': jnp.ones((2, 512, 64))}}}}, QuantSpec()
+  )
+
+  def where(**sizes):
+    mesh = make_mesh(
+      **sizes, devices=jax.devices()[: math.prod(sizes.values())]
+    )
+    gathered = shard(base, mesh)['layers']['attn']['o']['kernel'].gathered
+    return gathered and tuple(gathered.spec)
+
+  assert where(fsdp=1) is None
+  assert where(fsdp=8) == (None, None)
+  assert where(fsdp=4, tensor=2) == ('tensor', None)
 
 
 def test_a_checkpoint_is_loaded_onto_the_mesh(tmp_path):
