@@ -23,7 +23,7 @@ import functools
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,22 +91,26 @@ METHODS = {
 
 
 class Ours:
-  """The decoder with its bases (packed or not) and adapters."""
+  """The decoder with the bases (packed or not) and adapters of some methods."""
 
-  def __init__(self, name: str, dtype: str, seed: int):
+  def __init__(self, name: str, methods: Sequence[str], dtype: str, seed: int):
     self.name, self.dtype, self.random = name, dtype, name in SHAPES
-    if self.random:
-      self.model, self.bases = _drawn(name, jnp.dtype(dtype), seed)
-    else:
-      self.model, dense, *_ = load_pretrained(name, dtype=jnp.dtype(dtype))
-      packed = load_pretrained(name, QUANT, dtype=jnp.dtype(dtype))[1]
-      self.bases = {False: dense, True: packed}
+    asked, kind = [METHODS[m] for m in methods], jnp.dtype(dtype)
+    self.bases = {}
+    for packed in sorted({method.packed for method in asked}):
+      if self.random:
+        self.model, base = _drawn(name, packed, kind, seed)
+      else:
+        quant = QUANT if packed else None
+        self.model, base = load_pretrained(name, quant, dtype=kind)[:2]
+      self.bases[packed] = base
     self.adapters = {}
-    for method in ('lora', 'dora'):
+    for method in {method.adapter for method in asked} - {None} or {'lora'}:
       spec = AdapterSpec(method, rank=RANK, alpha=ALPHA)
       make = functools.partial(init_adapter, jax.random.key(seed), spec=spec)
       # One program: no copy of any kernel.
-      self.adapters[method] = _moved(jax.jit(make)(self.bases[True]), seed)
+      base = self.bases[max(self.bases)]
+      self.adapters[method] = _moved(jax.jit(make)(base), seed)
 
   def params(self, method: Method) -> Any:
     base = self.bases[method.packed]
@@ -123,25 +127,29 @@ class Ours:
 
   def write(self, folder: Path) -> tuple[dict[bool, Path], dict[str, Path]]:
     """The bases as Hugging Face directories, the adapters as PEFT's files."""
-    bases = {False: folder / 'dense', True: folder / 'packed'}
-    export_merged(bases[False], {}, self.bases[False], self.name, self.dtype)
-    export_base(bases[True], self.bases[True], self.name, self.dtype)
+    bases = {}
+    for packed, base in self.bases.items():
+      bases[packed] = where = folder / ('packed' if packed else 'dense')
+      if packed:
+        export_base(where, base, self.name, self.dtype)
+      else:
+        export_merged(where, {}, base, self.name, self.dtype)
     adapters = {name: folder / name for name in self.adapters}
     for name, where in adapters.items():
       save_adapter(where, self.adapters[name])
     return bases, adapters
 
 
-def _drawn(name: str, dtype: Any, seed: int) -> tuple[Any, dict[bool, Any]]:
-  """A published model's shapes at random, dense and packed."""
+def _drawn(name: str, packed: bool, dtype: Any, seed: int) -> tuple[Any, Any]:
+  """A published model's shapes at random."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   config = families.model_config(SHAPES[name], name)
   model, one = Decoder(config, dtype), jnp.zeros((1, 1), jnp.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), one)['params']
   shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), shapes)
-  packed = jax.eval_shape(lambda p: quantize(p, QUANT), shapes)
-  draw = functools.partial(large.drawn, jax.random.key(seed), mesh=mesh)
-  return model, {False: draw(shapes), True: draw(packed)}
+  if packed:
+    shapes = jax.eval_shape(lambda p: quantize(p, QUANT), shapes)
+  return model, large.drawn(jax.random.key(seed), shapes, mesh)
 
 
 def _moved(adapter: Any, seed: int) -> Any:
@@ -172,7 +180,7 @@ def their_models(ours: Ours, folder: Path) -> dict[bool, Any]:
   }
   return {
     packed: theirs.random(SHAPES[ours.name], packed, adapters, ours.dtype)
-    for packed in (False, True)
+    for packed in ours.bases
   }
 
 
@@ -263,7 +271,8 @@ def main() -> None:
   parser.add_argument('--tokens', type=int, default=64 if gpu else 16)
   parser.add_argument('--methods', default=','.join(METHODS))
   args = parser.parse_args()
-  ours = Ours(args.model, args.dtype, args.seed)
+  methods = args.methods.split(',')
+  ours = Ours(args.model, methods, args.dtype, args.seed)
   rows, notes = [], []
   if not TORCH:
     notes.append('torch, peft or bitsandbytes is not installed: ours alone.')

@@ -10,11 +10,11 @@
 # random. About 60 GB of the GPU's memory, and 20 GB of the host's.
 #
 # First come nvidia-smi, JAX's devices and versions; without a GPU it ends there.
-# Then, each with a limit of its own: golden values of bitsandbytes and PEFT on
-# the GPU (codes, logits, gradients, QDoRA's first twenty losses); NF4 alone; a
-# training step; decoding; memory beside the plan; tables and plots. A part that
-# fails or takes too long does not stop the others: it is named at the end, and
-# the exit code is 1.
+# Then, each with a limit of its own: a training step over four bits, over 16 and
+# with products kept; decoding; NF4 alone; golden values of bitsandbytes and PEFT
+# on the GPU (codes, logits, gradients, QDoRA's first twenty losses); memory beside
+# the plan; tables and plots. A part that fails or takes too long does not stop the
+# others: it is named at the end, and the exit code is 1.
 set -u
 cd "$(dirname "$0")/../.." || exit 2
 python=${PYTHON:-python}
@@ -24,7 +24,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # JAX and torch share the GPU; products of float32 are float32 in the checks.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 here=experiments/benchmarks
-budget=575 # Seconds for all parts but the report.
+budget=${BUDGET:-575} # Seconds for all parts but the report.
 failed=()
 mkdir -p "$out" || exit 2
 
@@ -86,27 +86,33 @@ check() {
 }
 
 if [[ $tiny ]]; then
-  check 'reference or edges'
-  bench nf4 20 --shapes 64x64 --rows 1,16 --rounds 2 --turn 0
-  bench step 60 --model tiny --sequence 32 --rounds 2 --methods QDoRA
+  bench step 60 --model tiny --sequence 32 --rounds 2 --methods QDoRA --together
   bench decode 60 --model tiny --tokens 3 --batches 1 --rounds 2 \
     --methods QDoRA
+  bench nf4 20 --shapes 64x64 --rows 1,16 --rounds 2 --turn 0
+  check 'reference or edges'
   bench large 60 tiny 64
 else
+  step=(--model llama-3-8b --sequence 2048 --batch 4 --dtype bfloat16
+    --checkpointing --together --rounds 4)
+  packed=(--methods QLoRA,QDoRA)
+  bench step 120 "${step[@]}" "${packed[@]}" --remat block --beside QDoRA
+  bench step 80 "${step[@]}" --methods LoRA,DoRA --remat block --beside '' \
+    --name step-dense
+  bench step 70 "${step[@]}" "${packed[@]}" --remat dots --beside '' \
+    --name step-dots
+  bench decode 110 --model llama-3-8b "${packed[@]}" --batches 1 --tokens 33 \
+    --rounds 3
+  bench nf4 50 --shapes 4096x14336 --rounds 3
   check "$golden"
-  bench nf4 90 --shapes 4096x4096,4096x14336
-  bench step 170 --model llama-3-8b --sequence 2048 --batch 4 \
-    --dtype bfloat16 --remat block --checkpointing --methods QLoRA,QDoRA
-  bench decode 130 --model llama-3-8b --methods LoRA,DoRA,QLoRA,QDoRA \
-    --tokens 32 --rounds 3
-  bench large 70 llama-3-8b 2048
+  bench large 50 llama-3-8b 2048
 fi
 
 budget=$((SECONDS + 25)) # Only drawing is left.
 part report 25 "$python" $here/report.py "$out" --tables "$out/report.md"
 echo "== $SECONDS s, results in $out"
 if ((${#failed[@]})); then
-  echo "FAILED: ${#failed[@]} of 6 parts:" >&2
+  echo "FAILED: ${#failed[@]} of 8 parts:" >&2
   printf '  %s\n' "${failed[@]}" >&2
   exit 1
 fi

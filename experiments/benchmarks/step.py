@@ -2,16 +2,18 @@
 
   python experiments/benchmarks/step.py
   python experiments/benchmarks/step.py --model llama-3-8b --sequence 2048 \\
-    --batch 4 --dtype bfloat16 --remat block --checkpointing \\
-    --methods QLoRA,QDoRA
+    --batch 4 --dtype bfloat16 --remat block --checkpointing --together \\
+    --methods QLoRA,QDoRA --beside QDoRA
 
 Same model, tokens, rank, targets (all linear layers but the head), dtype and
 optimizer (AdamW). Each side of each method has a process of its own, whose peak
 memory is its own; they run in turns, so that what disturbs one disturbs all:
 first our methods among themselves ('of LoRA', 'of QLoRA'), then each method
-beside PEFT's ('of PEFT'). The first step is not counted; what is compiled is
-ours alone. A checkpoint gives both sides the same weights, and then the first
-losses have to be equal; a name of published.py is drawn at random, on each side
+beside PEFT's ('of PEFT'); or all of them --together, where there is memory for
+that: they are then made ready side by side, and take one set of turns. The
+first step is not counted; what is compiled is ours alone. A checkpoint gives
+both sides the same weights, and then the first losses have to be equal; a name
+of published.py is drawn at random, on each side
 its own. Between forward and backward pass ours keeps what --remat says, PEFT
 everything, as it does unless told otherwise (--checkpointing).
 """
@@ -83,7 +85,13 @@ def in_turns(
   sides: Sequence[Side], args: argparse.Namespace
 ) -> tuple[dict[Side, list[float]], dict[Side, dict[str, Any]]]:
   """Seconds of a step, by side and round; and what each process said."""
-  running = {side: start(*side, args) for side in sides}
+  running = {}
+  for side in sides:
+    running[side] = start(*side, args)
+    if not args.together:
+      _ = running[side].ready
+  # Nobody takes a turn while another is being made.
+  _ = [other.ready for other in running.values()]
   ways = {side: other.turn for side, other in running.items()}
   seconds = result.interleave(ways, args.rounds)
   said = {side: other.ready | other.end() for side, other in running.items()}
@@ -93,16 +101,22 @@ def in_turns(
 def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
   """The rows of the table, after each method all so far."""
   names = args.methods.split(',')
-  among, said = in_turns([(name, 'ours') for name in names], args)
+  beside = args.methods if args.beside is None else args.beside
+  beside = beside.split(',') if TORCH else []
+  sides = [(name, 'ours') for name in names]
+  if args.together:
+    sides += [(name, 'PEFT') for name in beside if name]
+  among, said = in_turns(sides, args)
   rows = []
   for name in names:
     seconds, here = among, said
-    if TORCH:
-      seconds, here = in_turns([(name, 'ours'), (name, 'PEFT')], args)
+    if name in beside:
+      if not args.together:
+        seconds, here = in_turns([(name, 'ours'), (name, 'PEFT')], args)
       if args.folder and args.dtype == 'float32':
         ours, theirs = here[name, 'ours']['loss'], here[name, 'PEFT']['loss']
         assert abs(ours - theirs) < 1e-4 * theirs, f'{name}: {ours}, {theirs}'
-    for by in ('ours', 'PEFT') if TORCH else ('ours',):
+    for by in ('ours', 'PEFT') if name in beside else ('ours',):
       times, peft = seconds[name, by], (name, 'PEFT')
       tokens = args.batch * args.sequence
       row = {
@@ -118,12 +132,12 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         'compile s': here[name, by]['compile'],
         'first loss': here[name, by]['loss'],
       }
-      beside = METHODS[name].beside
-      if by == 'ours' and (beside, 'ours') in among:
-        row[f'of {beside}'] = result.ratio(
-          among[name, 'ours'], among[beside, 'ours']
+      other = METHODS[name].beside
+      if by == 'ours' and (other, 'ours') in among:
+        row[f'of {other}'] = result.ratio(
+          among[name, 'ours'], among[other, 'ours']
         )
-      if by == 'ours' and TORCH:
+      if by == 'ours' and name in beside:
         row['of PEFT'] = result.ratio(times, seconds[peft])
         row['peak of PEFT'] = here[name, by]['peak'] / here[peft]['peak']
       rows.append(row)
@@ -142,6 +156,9 @@ def parsed() -> argparse.Namespace:
   parser.add_argument('--dtype', default='float32')
   parser.add_argument('--remat', default='dots', help='ours: see model.py')
   parser.add_argument('--checkpointing', action='store_true', help="PEFT's")
+  parser.add_argument('--together', action='store_true', help='see above')
+  parser.add_argument('--beside', help='methods that PEFT takes; else all')
+  parser.add_argument('--name', default='step', help='of the result')
   return parser.parse_args()
 
 
@@ -169,7 +186,7 @@ def main() -> None:
     )
     # After each: who stops it early has what was measured.
     for rows in measure(args):
-      held = result.write('step', what, rows, shown, 's a step', notes)
+      held = result.write(args.name, what, rows, shown, 's a step', notes)
   print(report.markdown(held))
 
 

@@ -30,6 +30,9 @@ def make(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
   once = theirs.trainer(
     source, args.packed, adapter, args.dtype, tokens, args.checkpointing
   )
+  if torch.cuda.is_available():
+    # Not what making the model took.
+    torch.cuda.reset_peak_memory_stats()
   return once, {'loss': once(), 'compile': None}
 
 

@@ -183,9 +183,11 @@ def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
     if isinstance(module, torch.nn.Linear) and name != 'lm_head'
   ]
   for name, old in linears:
-    new = bitsandbytes.nn.Linear4bit(
-      old.in_features, old.out_features, False, dtype, True, 'nf4'
-    )
+    # Else it draws numbers on the CPU that nobody wants.
+    with torch.device('meta'):
+      new = bitsandbytes.nn.Linear4bit(
+        old.in_features, old.out_features, False, dtype, True, 'nf4'
+      )
     new.weight = bitsandbytes.nn.Params4bit(
       old.weight.data,
       requires_grad=False,
@@ -196,3 +198,5 @@ def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
     parent, _, last = name.rpartition('.')
     setattr(model.get_submodule(parent), last, new.to(DEVICE))
   model.is_loaded_in_4bit = True
+  if DEVICE == 'cuda':
+    torch.cuda.empty_cache()  # Others measure here, too.

@@ -6,6 +6,7 @@ it reads; told that there are no more, it says what it needed. What else it
 prints goes to standard error.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -18,14 +19,18 @@ Said = dict[str, Any]
 
 
 class Other:
-  """A process that takes turns; `ready` is what it said at first."""
+  """A process that takes turns, once it is `ready`."""
 
   def __init__(self, command: Sequence[str]):
     self.command = command
     self.process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    self.ready = self._hear()
+
+  @functools.cached_property
+  def ready(self) -> Said:
+    """What it said at first; waits for it."""
+    return self._hear()
 
   def turn(self) -> None:
     """Lets it run once, and waits."""
