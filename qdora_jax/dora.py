@@ -162,6 +162,8 @@ def apply(
   w: DoraWeight,
   products: Callable[..., tuple[jax.Array, ...]],
   dense: Callable[[], jax.Array],
+  joined: Callable[..., jax.Array] | None = None,
+  name: str = lora.PRODUCT,
 ) -> jax.Array:
   """g * (x W + s (x A) B) in x's dtype, by PEFT's dropout rule.
 
@@ -171,27 +173,40 @@ def apply(
     products: `products(x1, x2, ...)` gives (x1 W, x2 W, ...) in float32 and
       reads W once.
     dense: gives W in float32; called only where a dense W is asked for.
+    joined: `joined(x, d, a, b, gain)` gives gain (x W + d a b) in x's dtype in
+      one go. None: to be put together here, as with dropout.
+    name: of what the gain's gradient asks for, for rematerialization policies.
   """
   dropped = lora.drop(x, w)
+  if joined is not None and dropped is x:
+    rows = norm_rows(w)
+    atw = products(*rows)[0] if rows else None
+    b = None if w.lora_b is None else w.scale * w.lora_b
+    return joined(x, x, w.lora_a, b, gain(w, _length(w, atw, dense)))
   rows = (x,) if dropped is x else (x, dropped)
   outs = products(*rows, *norm_rows(w))
   turned = outs[len(rows) - 1]
-  length = w.norm
-  if length is None:
-    atw = None
-    if norm_rows(w):
-      # Read again on the way back only where the norm is not held constant.
-      atw = checkpoint_name(outs[-1], lora.PRODUCT)
-    length = checkpoint_name(norm(w, atw, dense), NORM)
-  g = gain(w, length)
-  g = jnp.broadcast_to(g, turned.shape)
+  atw = outs[-1] if norm_rows(w) else None
+  g = jnp.broadcast_to(gain(w, _length(w, atw, dense)), turned.shape)
   if w.lora_a is not None:
     turned += lora.correction(dropped, w)
-  turned = checkpoint_name(turned, lora.PRODUCT)
+  turned = checkpoint_name(turned, name)
   if dropped is x:
     return (g * turned).astype(x.dtype)
   left_out = checkpoint_name(outs[0] - outs[1], lora.PRODUCT)
   return (left_out + g * turned).astype(x.dtype)
+
+
+def _length(
+  w: DoraWeight, atw_RxO: jax.Array | None, dense: Callable[[], jax.Array]
+) -> jax.Array:
+  """`norm`, if w does not know it; kept for the backward pass."""
+  if w.norm is not None:
+    return w.norm
+  if atw_RxO is not None:
+    # Read again on the way back only where the norm is not held constant.
+    atw_RxO = checkpoint_name(atw_RxO, lora.PRODUCT)
+  return checkpoint_name(norm(w, atw_RxO, dense), NORM)
 
 
 def merge(w: DoraWeight, base_IxO: jax.Array) -> jax.Array:

@@ -22,20 +22,26 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from qdora_jax import dora, lora, nf4, several
+from qdora_jax import dora, few, joined, lora, nf4, several
 from qdora_jax.dora import DoraWeight
 from qdora_jax.lora import LoraWeight
 from qdora_jax.nf4 import NF4Array
 from qdora_jax.several import SeveralWeight
 
 
-def linear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
+def linear(
+  x: jax.Array,
+  w: Any,
+  bias: jax.Array | None = None,
+  name: str = lora.PRODUCT,
+) -> jax.Array:
   """x @ w + bias for any weight leaf, in x's dtype.
 
   Args:
     x: inputs [..., I]; their dtype is the compute dtype.
     w: array, NF4Array, LoraWeight, DoraWeight or SeveralWeight of shape [I, O].
     bias: [O]; never scaled by DoRA.
+    name: of the product, for rematerialization policies.
 
   Returns:
     [..., O] in x's dtype.
@@ -46,14 +52,16 @@ def linear(x: jax.Array, w: Any, bias: jax.Array | None = None) -> jax.Array:
     (5, 32)
   """
   if isinstance(w, DoraWeight):
-    y = dora.apply(x, w, *_readers(w.base, x.dtype))
+    readers = _readers(w.base, x.dtype)
+    y = dora.apply(x, w, *readers, _joined(x, w.base, name), name)
   elif isinstance(w, LoraWeight):
-    y = lora.apply(x, w, _readers(w.base, x.dtype)[0])
+    products, _ = _readers(w.base, x.dtype)
+    y = lora.apply(x, w, products, _joined(x, w.base, name), name)
   elif isinstance(w, SeveralWeight):
     y = several.apply(x, w, _readers(w.base, x.dtype)[0])
   else:
     (y,) = _products((x,), w, x.dtype)
-    y = checkpoint_name(y, lora.PRODUCT)
+    y = checkpoint_name(y, name)
   if bias is None:
     return y
   return y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
@@ -80,6 +88,23 @@ def per_layer(f: Callable[[Any], Any], w: Any) -> Any:
   return f(w) if w.ndim == 2 else jax.lax.map(f, w)
 
 
+def in_place(params: Any, layer: jax.Array) -> Any:
+  """One layer of stacked parameters, its packed kernels not cut out.
+
+  Args:
+    params: a tree whose arrays have a leading axis of layers.
+    layer: i32 [], its number.
+  """
+
+  def packed(leaf: Any) -> bool:
+    return isinstance(leaf, NF4Array)
+
+  def of(leaf: Any) -> Any:
+    return leaf.replace(layer=layer) if packed(leaf) else leaf[layer]
+
+  return jax.tree.map(of, params, is_leaf=packed)
+
+
 def by_row(params: Any) -> bool:
   """Whether rows of a batch go through different weights of this tree."""
 
@@ -102,7 +127,7 @@ def materialize(w: Any, dtype: jnp.dtype | None = None) -> jax.Array:
     whole = room.merge(w, materialize(w.base, jnp.float32))
     return whole.astype(dtype or w.base.dtype)
   if isinstance(w, NF4Array):
-    return _together(nf4.dequantize(_gather(w), dtype), w)
+    return _together(nf4.dequantize(_gather(nf4.own(w)), dtype), w)
   return jnp.asarray(w, dtype)
 
 
@@ -114,6 +139,7 @@ def scaled(w: Any, gain: jax.Array) -> Any:
     gain: f32 [..., O]; absmax, then without double quantization, takes it up.
   """
   if isinstance(w, NF4Array):
+    w = nf4.own(w)
     absmax = nf4.absmax(w) * gain[..., None, :]
     return w.replace(absmax=absmax, nested=None, offset=None)
   return (w.astype(jnp.float32) * gain[..., None, :]).astype(w.dtype)
@@ -144,6 +170,75 @@ def _readers(base: Any, dtype: jnp.dtype) -> tuple[Callable, Callable]:
     return _products(rows, base, jnp.float32)
 
   return products, functools.partial(materialize, base, jnp.float32)
+
+
+def _joined(
+  x: jax.Array, base: Any, name: str
+) -> Callable[..., jax.Array] | None:
+  """What multiplies with a base and its adapter in one go, in 16 bits, or None.
+
+  See joined.py, and few.py for one token.
+  """
+  packed, one = isinstance(base, NF4Array), x.size == x.shape[-1]
+  few_fit = packed and few.fits(x, base)
+  if x.dtype.itemsize != 2 or few_fit != one:
+    return None
+  if packed and base.gathered is not None and base.gathered.spec[0]:
+    return None  # What is split along I would be moved to be joined.
+  reader = joined.Reader(_dense, packed or base.dtype.itemsize > 2, name)
+  return functools.partial(_one_token if one else _both, reader, base)
+
+
+def _both(
+  reader: joined.Reader,
+  base: Any,
+  x: jax.Array,
+  dropped: jax.Array,
+  a: jax.Array | None,
+  b: jax.Array | None,
+  gain: jax.Array | None,
+) -> jax.Array:
+  """gain (x W + dropped a b) in x's dtype."""
+  low = None if a is None else lora.low(dropped, a)
+  return joined.product(reader, x, low, b, gain, base)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_token(
+  reader: joined.Reader,
+  base: NF4Array,
+  x: jax.Array,
+  dropped: jax.Array,
+  a: jax.Array | None,
+  b: jax.Array | None,
+  gain: jax.Array | None,
+) -> jax.Array:
+  """The same of one token, by the kernel: all that it is, summed at once."""
+  parts = few.parts(x.reshape(1, -1), base)[:, 0]
+  if a is not None:
+    # (Written as a product XLA would make and store R products an input.)
+    low = jnp.sum(dropped.reshape(-1, 1).astype(jnp.float32) * a, axis=0)
+    parts = jnp.concatenate([parts, low[:, None] * b])
+  y = jnp.sum(parts, axis=0)
+  y = y if gain is None else gain * y
+  return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _one_token_forward(reader, base, *rest):
+  return _one_token(reader, base, *rest), (base, rest)
+
+
+def _one_token_backward(reader, kept, d_y):
+  base, rest = kept
+  return None, *jax.vjp(functools.partial(_both, reader, base), *rest)[1](d_y)
+
+
+_one_token.defvjp(_one_token_forward, _one_token_backward)
+
+
+def _dense(base: Any, gain: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+  """gain * base, [I, O] in dtype."""
+  return materialize(base if gain is None else scaled(base, gain), dtype)
 
 
 def _products(
@@ -206,11 +301,13 @@ def _nf4_products(
 ) -> tuple[jax.Array, ...]:
   """`_multiply` by a frozen packed weight, which is all that is kept.
 
-  A single row, as in decoding one text, is spared dequantization.
+  Few rows, as in decoding, are spared dequantization.
   """
   dtype, out = dtypes
+  if all(few.fits(row, q) for row in rows):
+    return tuple(few.product(row, q).astype(out) for row in rows)
   if all(row.size == q.shape[0] for row in rows):
-    q = _gather(q)
+    q = _gather(nf4.own(q))
     sums = (nf4.vector_product(row.reshape(-1), q) for row in rows)
     return tuple(
       y.reshape(*row.shape[:-1], -1).astype(out)

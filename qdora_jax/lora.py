@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Names for rematerialization policies: of x A, and of a whole product, x W with
-# what an adapter adds to it, before DoRA's gain.
-LOW, PRODUCT = 'low', 'product'
+# Names for rematerialization policies: of x A; of a whole product, x W with
+# what an adapter adds to it; and of a block's last product, which in the
+# backward pass nothing but DoRA's gain asks for.
+LOW, PRODUCT, LAST = 'low', 'product', 'last'
 
 
 class LoraWeight(flax.struct.PyTreeNode):
@@ -148,8 +149,34 @@ def _thin_backward(kept, d_y):
 _thin.defvjp(_thin_forward, _thin_backward)
 
 
+@jax.custom_vjp
+def low(x: jax.Array, a_IxR: jax.Array) -> jax.Array:
+  """x A, [..., R] in x's dtype; the gradient of A is summed in float32."""
+  return checkpoint_name(x @ a_IxR.astype(x.dtype), LOW)
+
+
+def _low_forward(x, a_IxR):
+  return low(x, a_IxR), (x, a_IxR)
+
+
+def _low_backward(kept, d_low):
+  x, a_IxR = kept
+  tokens = tuple(range(x.ndim - 1))
+  d_a = jnp.tensordot(
+    x, d_low, (tokens, tokens), preferred_element_type=jnp.float32
+  )
+  return d_low @ a_IxR.astype(x.dtype).T, d_a.astype(a_IxR.dtype)
+
+
+low.defvjp(_low_forward, _low_backward)
+
+
 def apply(
-  x: jax.Array, w: LoraWeight, products: Callable[..., tuple[jax.Array, ...]]
+  x: jax.Array,
+  w: LoraWeight,
+  products: Callable[..., tuple[jax.Array, ...]],
+  joined: Callable[..., jax.Array] | None = None,
+  name: str = PRODUCT,
 ) -> jax.Array:
   """x W + s (drop(x) A) B in x's dtype.
 
@@ -157,10 +184,15 @@ def apply(
     x: inputs [..., I].
     w: one layer's leaf: base [I, O], no leading axes.
     products: `products(x1, x2, ...)` gives (x1 W, x2 W, ...) in float32.
+    joined: `joined(x, d, a, b, gain)` gives gain (x W + d a b) in x's dtype in
+      one go. None: to be put together here.
+    name: of the result, for rematerialization policies.
   """
+  if joined is not None:
+    return joined(x, drop(x, w), w.lora_a, w.scale * w.lora_b, None)
   (y,) = products(x)
   y += correction(drop(x, w), w)
-  return checkpoint_name(y.astype(x.dtype), PRODUCT)
+  return checkpoint_name(y.astype(x.dtype), name)
 
 
 def merge(w: LoraWeight, base_IxO: jax.Array) -> jax.Array:

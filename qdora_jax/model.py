@@ -27,11 +27,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from qdora_jax import few
 from qdora_jax.attention import Form, attention
 from qdora_jax.dora import NORM
 from qdora_jax.flash import ATTENDED
-from qdora_jax.linear import linear, product
-from qdora_jax.lora import LOW, PRODUCT
+from qdora_jax.linear import in_place, linear, product
+from qdora_jax.lora import LAST, LOW, PRODUCT
 from qdora_jax.rope import Rope, angles, rotate
 from qdora_jax.sharding import by_batch
 from qdora_jax.sight import ALL, NOWHERE, look
@@ -49,12 +50,12 @@ _ACTIVATIONS = {
 _BLOCK_INPUT = 'block_input'
 _POLICIES = {
   'dots': jax.checkpoint_policies.save_only_these_names(
-    PRODUCT, LOW, NORM, ATTENDED
+    PRODUCT, LOW, NORM, LAST, ATTENDED
   ),
-  'block': jax.checkpoint_policies.save_only_these_names(NORM),
+  'block': jax.checkpoint_policies.save_only_these_names(NORM, LAST),
   'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[NORM],
-    names_which_can_be_offloaded=[_BLOCK_INPUT],
+    names_which_can_be_offloaded=[_BLOCK_INPUT, LAST],
     offload_src='device',
     offload_dst='pinned_host',
   ),
@@ -128,6 +129,7 @@ class Linear(nn.Module):
 
   features: int
   use_bias: bool = False
+  product: str = PRODUCT
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -139,7 +141,7 @@ class Linear(nn.Module):
     # Not self.param: a kernel may be a leaf of other shape than it began with.
     kernel = self.get_variable('params', 'kernel')
     bias = self.get_variable('params', 'bias') if self.use_bias else None
-    return linear(x, kernel, bias)
+    return linear(x, kernel, bias, self.product)
 
 
 class RMSNorm(nn.Module):
@@ -217,7 +219,7 @@ class MLP(nn.Module):
       gate = Linear(c.ff, c.mlp_bias, name='gate')(x_BxLxD)
       up = Linear(c.ff, c.mlp_bias, name='up')(x_BxLxD)
     y = _ACTIVATIONS[c.activation](gate) * up
-    return Linear(c.width, c.mlp_bias, name='down')(y)
+    return Linear(c.width, c.mlp_bias, LAST, name='down')(y)
 
 
 class Block(nn.Module):
@@ -354,7 +356,10 @@ class Decoder(nn.Module):
     x = self.embed(tokens_BxL).astype(self.dtype)
     x = x * jnp.asarray(c.embed_scale, x.dtype)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *sights)
-    x, new = self.layers(x, jnp.stack(turns), stacked, kind, kv)
+    run = self.layers
+    if cache is not None and tokens_BxL.shape[1] == 1 and few.here():
+      run = self._in_place
+    x, new = run(x, jnp.stack(turns), stacked, kind, kv)
     if cache is not None:
       # Written once for all layers: in a loop, in place.
       cache = {
@@ -364,6 +369,18 @@ class Decoder(nn.Module):
         'index': cache['index'] + tokens_BxL.shape[1],
       }
     return self.final_norm(x), cache
+
+  def _in_place(self, x, turns, sights, kind, cache):
+    """`self.layers`, whose packed kernels stay in their stacks: few.py."""
+    params = self.variables['params']['layers']
+    block = Block(self.config, form=self.attention, parent=None)
+
+    def step(x, each):
+      n, kind, cache = each
+      layer = {'params': in_place(params, n)}
+      return block.apply(layer, x, turns, sights, kind, cache)
+
+    return jax.lax.scan(step, x, (jnp.arange(self.config.layers), kind, cache))
 
   def unembed(self, x_BxLxD: jax.Array) -> jax.Array:
     """Logits f32 [B, L, V] of what `hidden` gave."""

@@ -115,6 +115,8 @@ class NF4Array(flax.struct.PyTreeNode):
     dtype: what `dequantize` returns when not told otherwise.
     gathered: sharding that `linear` brings the packed arrays of one layer to
       before it dequantizes them (FSDP's gather); None leaves it to XLA.
+    layer: i32 []: the arrays are those of many layers, with a leading axis that
+      shape does not show, and this one's number in it; None: its own alone.
   """
 
   codes: jax.Array
@@ -128,11 +130,12 @@ class NF4Array(flax.struct.PyTreeNode):
   gathered: jax.sharding.NamedSharding | None = flax.struct.field(
     pytree_node=False, default=None
   )
+  layer: jax.Array | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
     *lead, half, o = self.codes.shape
-    return (*lead, half * 2, o)
+    return (*lead[self.layer is not None :], half * 2, o)
 
   @property
   def ndim(self) -> int:
@@ -146,6 +149,14 @@ class NF4Array(flax.struct.PyTreeNode):
   def nbytes(self) -> int:
     """Bytes of all stored arrays, absmax and its nested scales included."""
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
+
+
+def own(q: NF4Array) -> NF4Array:
+  """q with its own layer's arrays alone."""
+  if q.layer is None:
+    return q
+  whole = q.replace(layer=None)
+  return jax.tree.map(lambda a: a[q.layer], whole)
 
 
 def check(shape: tuple[int, ...], dtype: np.dtype, block_size: int) -> None:

@@ -348,10 +348,10 @@ def test_sixteen_bits_are_multiplied_as_such_both_ways(kind):
     three = jax.grad(loss, (0, 1, 2))
     return products_by_type(three, x, w.lora_a, w.lora_b, w)
 
-  # Forward: x W, x A, (x A) B; backward: two for each that has two factors.
-  assert gradients(lora_) == {'bf16': 3 + 1 + 2 + 2}
-  # And of the norm, in float32 throughout: A^T A, and that by B.
-  assert gradients(dora_) == {'bf16': 9, 'f32': 2}
+  # Forward: x W with (x A) B, and x A; backward: of x, (x A), B, A and x again.
+  assert gradients(lora_) == {'bf16': 2 + 5}
+  # And of the norm A^T W; and in float32 throughout A^T A, and that by B.
+  assert gradients(dora_) == {'bf16': 8, 'f32': 2}
 
 
 def test_a_wider_product_has_the_gradients_of_a_plain_one():

@@ -1,0 +1,211 @@
+"""The kernel for few tokens, by Pallas' interpreter; and its PTX, by ours."""
+
+import jax
+import jax.numpy as jnp
+import large
+import numpy as np
+import pytest
+import tiny
+
+from qdora_jax import (
+  AdapterSpec,
+  QuantSpec,
+  attach,
+  few,
+  freeze,
+  init_adapter,
+  linear,
+  nf4,
+  quantize,
+)
+from qdora_jax.linear import in_place
+from qdora_jax.lora import LoraWeight
+from qdora_jax.model import Decoder, init_cache
+
+I, O, N = 512, 256, 3  # noqa: E741
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """The kernel runs here."""
+  jax.clear_caches()
+  monkeypatch.setattr(few, 'INTERPRET', True)
+  yield
+  jax.clear_caches()
+
+
+def packed(double: bool, block_size: int = 64) -> nf4.NF4Array:
+  w = 0.02 * jax.random.normal(jax.random.key(0), (N, I, O))
+  return nf4.quantize(w, block_size, double)
+
+
+def inputs(tokens: int, *lead: int) -> jax.Array:
+  shape = (*lead, tokens, I)
+  return jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
+
+
+def relative(got: jax.Array, exact: jax.Array) -> float:
+  got, exact = (np.asarray(a, np.float64) for a in (got, exact))
+  return np.linalg.norm(got - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize('block_size', [32, 64, 128])
+@pytest.mark.parametrize('double', [False, True])
+@pytest.mark.parametrize('tokens', [1, 2, 16])
+def test_a_product_is_that_with_the_dequantized_weight(
+  interpreted, tokens, double, block_size
+):
+  q, x = packed(double, block_size), inputs(tokens)
+  exact = x.astype(jnp.float32) @ nf4.dequantize(q, jnp.float32)[1]
+  one = q.replace(layer=jnp.int32(1))
+  assert few.fits(x, one) and one.shape == (I, O)
+  got = few.product(x, one)
+  assert got.dtype == jnp.float32
+  # Levels in half precision; and W in bfloat16.
+  assert relative(got, exact) < (2e-4 if tokens == 1 else 3e-3)
+  # A layer in its stack is the layer cut out.
+  alone = jax.tree.map(lambda a: a[1], q)
+  np.testing.assert_array_equal(got, few.product(x, alone))
+
+
+def test_it_takes_what_it_can(interpreted, monkeypatch):
+  q = jax.tree.map(lambda a: a[0], packed(True))
+  assert few.fits(inputs(16), q) and few.fits(inputs(4, 2, 2), q)
+  assert not few.fits(inputs(17), q)
+  assert not few.fits(inputs(1).astype(jnp.float32), q)
+  assert not few.fits(inputs(1), packed(True))
+  narrow = nf4.quantize(jnp.ones((I, 96)), 64)
+  assert not few.fits(inputs(1), narrow)
+  odd = nf4.quantize(jnp.ones((I - 32, O)), 96)
+  assert not few.fits(inputs(1)[:, :-32], odd)
+  # Neither several devices nor a CPU, without the interpreter.
+  monkeypatch.setattr(few, 'INTERPRET', False)
+  assert not few.here()
+
+
+@pytest.mark.parametrize(
+  ('switch', 'backend', 'count', 'capability', 'expected'),
+  [
+    ('1', 'gpu', 1, '9.0', True),
+    ('1', 'gpu', 1, '8.0', True),
+    ('0', 'gpu', 1, '9.0', False),
+    ('1', 'cpu', 1, '9.0', False),
+    ('1', 'gpu', 2, '9.0', False),
+    ('1', 'gpu', 1, '7.5', False),
+    ('1', 'gpu', 1, 'gfx942', False),
+  ],
+)
+def test_where_it_runs(
+  monkeypatch, switch, backend, count, capability, expected
+):
+  monkeypatch.setenv('QDORA_KERNELS', switch)
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  monkeypatch.setattr(jax, 'device_count', lambda: count)
+
+  class Device:
+    compute_capability = capability
+
+  monkeypatch.setattr(jax, 'devices', lambda: [Device()])
+  few.capable.cache_clear()
+  assert few.here() == expected
+  monkeypatch.undo()
+  few.capable.cache_clear()
+
+
+def prmt(a: int, b: int, selector: int) -> int:
+  """PTX's byte permutation: of eight bytes four, by nibbles of the selector."""
+  picked = (a | b << 32).to_bytes(8, 'little')
+  nibbles = [selector >> 4 * n & 15 for n in range(4)]
+  assert max(nibbles) < 8  # 8 and more repeat a sign.
+  return int.from_bytes(bytes(picked[n] for n in nibbles), 'little')
+
+
+def run(ptx: str, word: int) -> list[int]:
+  """What the look-up makes of four bytes: its four results."""
+  does = {
+    'mov': lambda a: a,
+    'and': lambda a, b: a & b,
+    'or': lambda a, b: a | b,
+    'shr': lambda a, b: a >> b,
+    'prmt': prmt,
+  }
+  held = {'$4': word}
+  for line in ptx.strip('{}').split(';'):
+    name, _, rest = line.strip().partition(' ')
+    if not name or name.startswith('.'):
+      continue
+    to, *operands = rest.replace(' ', '').split(',')
+    values = [held[a] if a in held else int(a, 0) for a in operands]
+    held[to] = does[name.partition('.')[0]](*values)
+  return [held[f'${n}'] for n in range(4)]
+
+
+def test_the_look_up_gives_the_levels_of_every_byte():
+  """PTX, run by the few instructions it is made of."""
+  words = []
+  for first in range(0, 256, 4):
+    word = int.from_bytes(bytes(range(first, first + 4)), 'little')
+    words += run(few.look_up(), word)
+  halves = np.array(words, np.uint32).view(np.float16).reshape(256, 2)
+  levels = nf4.LEVELS.astype(np.float16)
+  byte = np.arange(256)
+  np.testing.assert_array_equal(halves[:, 0], levels[byte & 15])
+  np.testing.assert_array_equal(halves[:, 1], levels[byte >> 4])
+  apart = np.abs(levels.astype(np.float32) - nf4.LEVELS)
+  assert (apart <= 2**-11 * np.abs(nf4.LEVELS)).all()
+
+
+@pytest.mark.parametrize('method', ['lora', 'dora'])
+def test_a_token_goes_through_base_and_adapter_at_once(interpreted, method):
+  q = jax.tree.map(lambda a: a[2], packed(True))
+  a = 0.1 * jax.random.normal(jax.random.key(2), (I, 8))
+  b = 0.1 * jax.random.normal(jax.random.key(3), (8, O))
+  w = LoraWeight(q, a, b, 0.5)
+  if method == 'dora':
+    tree = {'q': {'kernel': q}}
+    spec = AdapterSpec('dora', rank=8, targets='.*')
+    adapter = init_adapter(jax.random.key(4), tree, spec)
+    leaf = freeze(tree, adapter)['q']['kernel']
+    w = leaf.replace(lora_a=a, lora_b=b, magnitude=1.1 * leaf.magnitude)
+  x = inputs(1)
+  got = linear(x, w)
+  exact = linear(x.astype(jnp.float32), w)
+  assert got.dtype == jnp.bfloat16
+  assert relative(got, exact) < 4e-3
+
+  def total(x):
+    return jnp.sum(jnp.sin(linear(x, w).astype(jnp.float32)))
+
+  slope = jax.grad(total)(x)
+  assert relative(slope, jax.grad(total)(x.astype(jnp.float32))) < 1e-2
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+def test_decoding_in_place_is_decoding_in_slices(monkeypatch, batch):
+  """Kernels stay in their stacks, in every form that there is for them."""
+  model = Decoder(large.TINY, jnp.bfloat16)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params['params'])
+  base = quantize(params, QuantSpec(double_quant=True))
+  adapter = init_adapter(jax.random.key(1), base, AdapterSpec('dora', rank=4))
+  params = {'params': freeze(base, tiny.perturbed(adapter))}
+  ids = jax.random.randint(jax.random.key(2), (batch, 6), 0, large.TINY.vocab)
+  empty = init_cache(large.TINY, batch, 8, jnp.bfloat16)
+  _, cache = model.apply(params, ids[:, :5], cache=empty)
+  before = model.apply(params, ids[:, 5:], cache=cache)
+  monkeypatch.setattr(few, 'INTERPRET', True)
+  after = model.apply(params, ids[:, 5:], cache=cache)
+  for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert relative(b.astype(jnp.float32), a.astype(jnp.float32)) < 0.02
+
+
+def test_a_layer_in_place_is_a_layer():
+  _, base, _ = tiny.loaded(quant=QuantSpec())
+  adapter = init_adapter(jax.random.key(0), base, AdapterSpec('lora', rank=2))
+  layers = attach(base, adapter)['layers']
+  kernel = in_place(layers, jnp.int32(1))['mlp']['up']['kernel']
+  cut = jax.tree.map(lambda a: a[1], layers)['mlp']['up']['kernel']
+  assert kernel.shape == cut.shape == kernel.base.shape
+  x = jax.random.normal(jax.random.key(1), (3, cut.shape[0]))
+  np.testing.assert_array_equal(linear(x, kernel), linear(x, cut))
