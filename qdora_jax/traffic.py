@@ -95,7 +95,8 @@ def flops(job: Job) -> float:
   """FLOPs of one device in a step; a multiply-add counts as two.
 
   A product is made once forward and once for its input's gradient, once for its
-  weight's where that is trained, and once more where remat makes it again.
+  weight's where that is trained, and once more where remat makes it again: all
+  but a block's last, which is kept where anything asks for it.
   Attention is counted as it is computed here: in the plain form every query
   with every key; in chunks, of one text a row, half of that, and scores once
   more on the way back.
@@ -104,9 +105,13 @@ def flops(job: Job) -> float:
   again = job.remat in ('block', 'offload')
   full = job.adapter is None
   flat = paths.flatten(made.trained if full else made.base)
-  layers = [leaf for p, leaf in flat.items() if p.endswith('/kernel')]
-  kernels = sum(math.prod(k.shape) for k in layers if len(k.shape) == 3)
-  per_token = 2 * kernels * (2 + full + again)
+  sizes = {
+    path: math.prod(leaf.shape)
+    for path, leaf in flat.items()
+    if path.endswith('/kernel') and len(leaf.shape) == 3
+  }
+  kernels, last = sum(sizes.values()), sizes['layers/mlp/down/kernel']
+  per_token = 2 * kernels * (2 + full) + 2 * (kernels - last) * again
   thin = sum(
     math.prod(leaf.shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(made.trained)

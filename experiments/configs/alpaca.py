@@ -7,7 +7,7 @@ Stanford's settings with an adapter: 52,002 instructions, 3 epochs of 128
 examples, 512 tokens, a cosine after .03 of warming up. They trained LLaMA-7B in
 full at 2e-5 (--config.adapter.method=none --config.quant.format=none and that
 rate, on several GPUs); `alpaca.py:llama-7b`, QDoRA, takes 7 GB of one GPU by
-`qdora plan`, and its work 1.8 h of an H100 at half its peak, all rows full.
+`qdora plan`, and its work 1.7 h of an H100 at half its peak, all rows full.
 They published no score; the QLoRA paper has 5-shot MMLU of its Alpaca runs,
 which `qdora evaluate --harness mmlu --shots 5` measures. Not run here. It reads
 tatsu-lab/alpaca from the hub.

@@ -14,10 +14,10 @@ The paper's own runs, on a GPU; --config.adapter.method=lora with lr=3e-4, and
 rank=16 with alpha=32 for its half rank:
 
   form         base         lr    LoRA  half DoRA  DoRA   time   memory
-  :llama-7b    LLaMA-7B     2e-4  74.7  77.5       78.4   2.6 h  20 GB
-  :llama-13b   LLaMA-13B    2e-4  80.5  80.8       81.5   5.0 h  35 GB
-  :llama2-7b   Llama-2-7B   2e-4  77.6  80.5       79.7   2.6 h  20 GB
-  :llama3-8b   Llama-3-8B   1e-4  80.8  85.0       85.2   2.9 h  23 GB
+  :llama-7b    LLaMA-7B     2e-4  74.7  77.5       78.4   2.4 h  22 GB
+  :llama-13b   LLaMA-13B    2e-4  80.5  80.8       81.5   4.6 h  38 GB
+  :llama2-7b   Llama-2-7B   2e-4  77.6  80.5       79.7   2.4 h  22 GB
+  :llama3-8b   Llama-3-8B   1e-4  80.8  85.0       85.2   2.6 h  25 GB
 
   qdora train --config experiments/configs/commonsense.py:llama3-8b \
       --config.data.mix='{"commonsense:commonsense_170k.json": 1}' \

@@ -9,10 +9,10 @@ layers, batches of 16, 1,875 steps, gradients clipped at .3. Its scores are
 relative to ChatGPT's, judged by GPT-4, of QLoRA: --config.adapter.method=lora.
 
   form   base        lr    dropout  score   memory there  time   memory (plan)
-  :7b    LLaMA-7B    2e-4  .1       87.0%   5 GB          0.4 h  7 GB
-  :13b   LLaMA-13B   2e-4  .1       90.4%   10 GB         0.7 h  12 GB
-  :33b   LLaMA-33B   1e-4  .05      97.8%   21 GB         1.7 h  26 GB
-  :65b   LLaMA-65B   1e-4  .05      99.3%   41 GB         3.5 h  48 GB
+  :7b    LLaMA-7B    2e-4  .1       87.0%   5 GB          0.3 h  7 GB
+  :13b   LLaMA-13B   2e-4  .1       90.4%   10 GB         0.6 h  12 GB
+  :33b   LLaMA-33B   1e-4  .05      97.8%   21 GB         1.6 h  27 GB
+  :65b   LLaMA-65B   1e-4  .05      99.3%   41 GB         3.2 h  49 GB
 
 What `qdora plan` says is of one GPU and 16 microbatches, the optimizer's state
 paged to the host; the paper counts the model alone. Time is what its work takes

@@ -8,9 +8,9 @@ epoch, 500 held out; rank 64, 32 examples a step, 2,048 tokens, a constant rate
 of 1e-5. Exact match there, zero-shot, after full fine-tuning, QLoRA and QDoRA:
 
   form          base          0-shot  full   QLoRA  QDoRA  time    memory
-  :llama2-7b    Llama-2-7B    .068    .26    .118   .312   5.0 h   14 GB
-  :llama3-8b    Llama-3-8B    .23     .51    .32    .56    5.5 h   17 GB
-  :llama3-70b   Llama-3-70B   (none published)             12.5 h  29 GB
+  :llama2-7b    Llama-2-7B    .068    .26    .118   .312   4.6 h   14 GB
+  :llama3-8b    Llama-3-8B    .23     .51    .32    .56    5.1 h   16 GB
+  :llama3-70b   Llama-3-70B   (none published)             11.4 h  30 GB
 
 Memory is what `qdora plan` says: one GPU, 32 examples in 8 microbatches, and
 each of 4 GPUs for 70B; time is what its work takes H100s at half their peak,
