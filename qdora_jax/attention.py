@@ -5,7 +5,8 @@ Three forms of one product, equal within rounding:
   plain   all scores at once: short texts, and decoding a token at a time
   flash   a chunk of scores at a time (`flash.py`): any length, any device
   cudnn   cuDNN's fused kernel, for 16-bit numbers on GPUs from Ampere on; it is
-          told who sees whom by a dense mask, and so is none for long texts
+          told who sees whom by a dense mask, unless each row is one text, and
+          so is none for long texts
 """
 
 import functools

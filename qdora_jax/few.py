@@ -16,7 +16,8 @@ weight to bfloat16 costs, which here is not done for a single token.
 
 All layers of a model are one array, and a kernel that is given a slice of it
 has XLA copy the slice. So it is given the whole, and a layer's number
-(`NF4Array.layer`).
+(`NF4Array.layer`) - or the slice after all, where Triton's offsets do not reach,
+which have 32 bits and a sign.
 
 It is written in Pallas and compiled by Triton (compute capability 8.0 or more).
 JAX means to remove that back end. Where it is gone, where the GPU is older or
@@ -48,6 +49,8 @@ MOST = 16
 # Columns of a tile and warps of a program, for one token and for several;
 # blocks of a program's part of the in axis, at most (experiments/LOG.md).
 ONE, SEVERAL, BLOCKS = (64, 2), (128, 4), 4
+# Bytes that an offset reaches.
+FARTHEST = 2**31 - 1
 # For tests without a GPU: the kernel's steps run as JAX, all but the look-up.
 INTERPRET = False
 
@@ -65,7 +68,7 @@ def fits(x: jax.Array, q: NF4Array) -> bool:
     and q.ndim == 2
     and q.gathered is None
     and x.dtype.itemsize == 2
-    and tokens <= MOST
+    and 0 < tokens <= MOST
     and q.shape[1] % SEVERAL[0] == 0
     and half >= 16
     and half & (half - 1) == 0
@@ -110,6 +113,8 @@ def parts(x_MxI: jax.Array, q: NF4Array) -> jax.Array:
   blocks = i // q.block_size
   each = max(n for n in range(1, BLOCKS + 1) if blocks % n == 0)
   splits = blocks // each
+  if q.layer is not None and q.codes.size > FARTHEST:
+    q = nf4.own(q)
   if q.layer is None:
     q = jax.tree.map(lambda a: a[None], q).replace(layer=jnp.int32(0))
   table = jnp.asarray(nf4.DYNAMIC_MAP)

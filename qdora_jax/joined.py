@@ -16,6 +16,8 @@ is scaled as it is rounded.
 The derivative is written out. A packed weight is all that is kept of W; what
 comes back is rounded to 16 bits once; and g's gradient is found of the output,
 sum(dy y) / g, where automatic differentiation would keep the unscaled product.
+(Where g is 0 that says nothing: such a gain stays. It starts as 1, or as 0
+where W has no length, and no gradient either.)
 """
 
 import functools
@@ -33,13 +35,16 @@ class Reader(NamedTuple):
   """How a base is read.
 
   Attributes:
-    dense: (base, gain or None, dtype) -> g W, [I, O] in dtype.
+    dense: (base, gain or None, dtype, rows or None) -> g W [I, O] in dtype,
+      with the rows [R, O] below it.
     folds: whether g may be multiplied into W before W is rounded.
+    packed: whether W is no array, and has no gradient.
     name: of the result, for rematerialization policies.
   """
 
-  dense: Callable[[Any, jax.Array | None, jnp.dtype], jax.Array]
+  dense: Callable[..., jax.Array]
   folds: bool
+  packed: bool
   name: str = PRODUCT
 
 
@@ -60,18 +65,18 @@ def product(
     low: x A, [..., R]; None: without an adapter's product.
     b_RxO: s B, float32.
     gain_O: g, float32; None: 1.
-    base: W [I, O], as the reader knows it; if it is no array it has no
-      gradient.
+    base: W [I, O], as the reader knows it.
   """
   return _forward(reader, x, low, b_RxO, gain_O, base)[0]
 
 
 def _forward(reader, x, low, b_RxO, gain_O, base):
   inner, outer = _gains(reader, gain_O)
-  left, right = x, reader.dense(base, inner, x.dtype)
+  left, below = x, None
   if low is not None:
     left = jnp.concatenate([x, low], axis=-1)
-    right = jnp.concatenate([right, _scaled(b_RxO, inner, x.dtype)])
+    below = _scaled(b_RxO, inner, x.dtype)
+  right = reader.dense(base, inner, x.dtype, below)
   if outer is None:
     y = left @ right
   else:
@@ -79,7 +84,7 @@ def _forward(reader, x, low, b_RxO, gain_O, base):
     y = (jnp.broadcast_to(outer, y.shape) * y).astype(x.dtype)
   y = checkpoint_name(y, reader.name)
   seen = None if gain_O is None else y
-  own = x if isinstance(base, jax.Array) else None
+  own = None if reader.packed else x
   return y, (own, low, b_RxO, gain_O, base, seen)
 
 
@@ -97,7 +102,7 @@ def _backward(reader, kept, d_y):
     d_gain = jnp.where(alive, along / jnp.where(alive, gain_O, 1), 0)
   if outer is not None:
     d_y = (jnp.broadcast_to(outer, d_y.shape) * d_y).astype(d_y.dtype)
-  right = reader.dense(base, inner, d_y.dtype)
+  right = reader.dense(base, inner, d_y.dtype, None)
   d_x = jnp.einsum('...o,io->...i', d_y, right)
   sums = functools.partial(
     jnp.tensordot, axes=(tokens, tokens), preferred_element_type=jnp.float32

@@ -9,7 +9,9 @@ and backward. Automatic differentiation would (the product's derivative needs
 it), so the product with an NF4Array has its own derivative: its residual is the
 packed weight, which is dequantized once in the forward pass, once in the
 backward pass and dropped in between. All products that one use needs - the
-tokens', the dropped tokens', the norm's A^T - share that dequantization.
+tokens', the dropped tokens', the norm's A^T - share that dequantization. (In 16
+bits DoRA's gain is part of W, and the norm that it takes is found before: by a
+dequantization of its own, or by the kernel of few.py.)
 Under FSDP the packed arrays are gathered at the same two places, so that four
 bits travel and the residual stays sharded.
 """
@@ -21,6 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from qdora_jax import dora, few, joined, lora, nf4, several
 from qdora_jax.dora import DoraWeight
@@ -100,7 +104,9 @@ def in_place(params: Any, layer: jax.Array) -> Any:
     return isinstance(leaf, NF4Array)
 
   def of(leaf: Any) -> Any:
-    return leaf.replace(layer=layer) if packed(leaf) else leaf[layer]
+    if packed(leaf):
+      return leaf.replace(layer=layer)
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
   return jax.tree.map(of, params, is_leaf=packed)
 
@@ -185,7 +191,9 @@ def _joined(
     return None
   if packed and base.gathered is not None and base.gathered.spec[0]:
     return None  # What is split along I would be moved to be joined.
-  reader = joined.Reader(_dense, packed or base.dtype.itemsize > 2, name)
+  # (A dense one that is, over `tensor`, is: then XLA moves parts of it.)
+  folds = packed or base.dtype.itemsize > 2
+  reader = joined.Reader(_dense, folds, packed, name)
   return functools.partial(_one_token if one else _both, reader, base)
 
 
@@ -236,9 +244,22 @@ def _one_token_backward(reader, kept, d_y):
 _one_token.defvjp(_one_token_forward, _one_token_backward)
 
 
-def _dense(base: Any, gain: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-  """gain * base, [I, O] in dtype."""
-  return materialize(base if gain is None else scaled(base, gain), dtype)
+def _dense(
+  base: Any,
+  gain: jax.Array | None,
+  dtype: jnp.dtype,
+  below: jax.Array | None = None,
+) -> jax.Array:
+  """gain * base with the rows `below` under it, [I (+ R), O] in dtype."""
+  packed = isinstance(base, NF4Array)
+  if packed:
+    # Scales travel as they are stored.
+    base = _gather(nf4.own(base))
+    gain = None if gain is None else _together(gain, base)
+  w = materialize(base if gain is None else scaled(base, gain), dtype)
+  if below is None:
+    return w
+  return jnp.concatenate([w, _together(below, base) if packed else below])
 
 
 def _products(
@@ -342,10 +363,11 @@ def _together(array: jax.Array, q: NF4Array) -> jax.Array:
   The dense weight, too: XLA would split it again as the arrays are split that
   it meets, and gather it once more.
   """
-  if q.gathered is None or array.ndim != 2:
+  if q.gathered is None or array.ndim > 2:
     return array
   # Where a device has its own rows alone (`sharding.by_rows`), spec is of what
   # is left of the mesh.
   manual = jax.sharding.get_abstract_mesh().manual_axes
-  where = q.gathered.spec if manual else q.gathered
+  where = P(*q.gathered.spec[-array.ndim :])
+  where = where if manual else NamedSharding(q.gathered.mesh, where)
   return jax.lax.with_sharding_constraint(array, where)

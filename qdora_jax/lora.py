@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 # Names for rematerialization policies: of x A; of a whole product, x W with
 # what an adapter adds to it; and of a block's last product, which in the
-# backward pass nothing but DoRA's gain asks for.
+# backward pass only DoRA's gain asks for, or a norm behind it.
 LOW, PRODUCT, LAST = 'low', 'product', 'last'
 
 

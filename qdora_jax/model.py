@@ -265,9 +265,10 @@ class Decoder(nn.Module):
     dtype: compute dtype of activations and products; logits are float32.
     remat: what the backward pass finds of a layer: 'none' keeps everything,
       'dots' the products with kernels, with what an adapter adds to them, those
-      with A, and what attention in chunks gives; 'block' the layer's input
-      alone; 'offload' the same, waiting in the host's memory. DoRA's norms, a
-      number an output, are kept by all.
+      with A, and what attention in chunks gives; 'block' the layer's input, and
+      its last product where DoRA's gain or a norm behind it asks for that;
+      'offload' the same, waiting in the host's memory. DoRA's norms, a number
+      an output, are kept by all.
     mesh: activations are split over it by their rows; None leaves it to XLA.
     attention: its form; 'auto' takes the best for length, dtype and device.
   """
@@ -357,7 +358,8 @@ class Decoder(nn.Module):
     x = x * jnp.asarray(c.embed_scale, x.dtype)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *sights)
     run = self.layers
-    if cache is not None and tokens_BxL.shape[1] == 1 and few.here():
+    one = cache is not None and tokens_BxL.shape[1] == 1
+    if one and few.here() and not self.is_initializing():
       run = self._in_place
     x, new = run(x, jnp.stack(turns), stacked, kind, kv)
     if cache is not None:

@@ -31,8 +31,8 @@ instead of 4.5.
 What the alternatives do. Int4 spaces levels evenly and FP4 wastes codes near
 zero; both lose more on real weights. bitsandbytes looks codes up with a CUDA
 kernel. Here one gather from a table of 256 pairs turns a byte into two weights:
-it vectorizes on CPU, and XLA fuses it on GPU; what we trade is a hand-written
-product kernel. (One vector has a way of its own: `vector_product`.)
+it vectorizes on CPU, and XLA fuses it on GPU. (One vector has a way of its own,
+`vector_product`; few tokens on a GPU a kernel, few.py.)
 """
 
 import functools
@@ -117,6 +117,7 @@ class NF4Array(flax.struct.PyTreeNode):
       before it dequantizes them (FSDP's gather); None leaves it to XLA.
     layer: i32 []: the arrays are those of many layers, with a leading axis that
       shape does not show, and this one's number in it; None: its own alone.
+      Functions here want the latter: `own` gives it.
   """
 
   codes: jax.Array

@@ -32,10 +32,11 @@ class Sight:
     pairs_Px2: i32, numbers of a chunk of queries and of one of keys; first come
       those pairs in which, in some row, a query may see a key.
     count: i32 [], of these.
-    whole: bool [], whether each row is one text, seen up to each query's place.
+    whole: bool [], whether each row is one text and padding behind it, and a
+      query of the text sees all of it up to its own place.
     chunk: tokens of a chunk.
-    ordered: whether queries and keys are the same tokens. A text's stand in its
-      own order, so that no query sees a key behind its place.
+    ordered: whether queries and keys are the same tokens, so that none sees a
+      key behind its place: a text's tokens stand in the order of positions.
   """
 
   query_BxL: jax.Array
@@ -103,7 +104,8 @@ def look(
 
   Args:
     query_BxL: positions of the queries.
-    key_BxS: positions of the keys; NOWHERE hides one from every real query.
+    key_BxS: positions of the keys; NOWHERE hides one from every real query. If
+      it is the same array, tokens of a segment are in the order of positions.
     query_segment_BxL: which packed example each query belongs to; None: one.
     key_segment_BxS: likewise for keys.
     window: how many positions a query sees, its own included; None: all.
@@ -135,16 +137,22 @@ def best_chunk(backend: str) -> int:
 
 
 def _whole(sight: Sight) -> jax.Array:
-  """`Sight.whole`: positions rise all along a row, in one segment."""
+  """`Sight.whole`: positions rise along a row, in one segment; then padding.
+
+  Padding is segment 0 at position 0, as `data` writes it; what it sees and
+  gives is nobody's.
+  """
   if not sight.ordered:
     return jnp.bool_(False)
-  along = sight.query_BxL[:, 1:] > sight.query_BxL[:, :-1]
-  if sight.query_segment_BxL is not None:
-    own = sight.query_segment_BxL
+  places, own = sight.query_BxL, sight.query_segment_BxL
+  along = places[:, 1:] > places[:, :-1]
+  if own is not None:
     along &= own[:, 1:] == own[:, :-1]
+    along |= (own[:, 1:] == 0) & (places[:, 1:] == 0)
+  whole = jnp.all(along)
   if sight.window is not None:
-    along &= sight.window >= sight.query_BxL.shape[1]
-  return jnp.all(along)
+    whole &= sight.window > jnp.max(places) - jnp.min(places)
+  return whole
 
 
 def _pairs(sight: Sight) -> tuple[jax.Array, jax.Array]:

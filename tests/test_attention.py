@@ -324,15 +324,17 @@ def recorded(monkeypatch):
     ([1] * 12, 12, True),
     ([1] * 12, 5, False),
     ([1] * 5 + [2] * 7, None, False),
-    ([1] * 9 + [0] * 3, None, False),
+    ([1] * 9 + [0] * 3, None, True),
+    ([0] * 3 + [1] * 9, None, False),
   ],
 )
 def test_cudnn_is_told_what_nobody_sees(recorded, segments, window, whole):
   """Nothing above the diagonal; and no mask, where that is all."""
   q, k, v, _ = arrays((12, 12))
   own = [segments, [1] * 12]
+  # Padding, 0, stays at position 0.
   places = jnp.asarray(
-    [[row[:n].count(one) for n, one in enumerate(row)] for row in own]
+    [[one and row[:n].count(one) for n, one in enumerate(row)] for row in own]
   )
   own = jnp.asarray(own)
   seen = look(places, places, own, own, window)
@@ -344,7 +346,13 @@ def test_cudnn_is_told_what_nobody_sees(recorded, segments, window, whole):
   exact = jax.nn.dot_product_attention(
     q, k, v, mask=mask, implementation='cudnn'
   )
-  np.testing.assert_allclose(got, exact, atol=1e-6)
+  real = np.asarray(own) > 0
+  np.testing.assert_allclose(got[real], exact[real], atol=1e-6)
+
+
+def test_a_window_is_of_positions_not_of_places():
+  seen = look(*[jnp.asarray([[0, 100]])] * 2, window=2)
+  assert not seen.whole and not seen.mask()[0, 1, 0]
 
 
 def test_cudnn_of_a_cache_has_its_mask(recorded):

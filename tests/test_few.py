@@ -34,6 +34,13 @@ def interpreted(monkeypatch):
   jax.clear_caches()
 
 
+@pytest.fixture
+def asked_anew():
+  few.capable.cache_clear()
+  yield
+  few.capable.cache_clear()
+
+
 def packed(double: bool, block_size: int = 64) -> nf4.NF4Array:
   w = 0.02 * jax.random.normal(jax.random.key(0), (N, I, O))
   return nf4.quantize(w, block_size, double)
@@ -96,7 +103,7 @@ def test_it_takes_what_it_can(interpreted, monkeypatch):
   ],
 )
 def test_where_it_runs(
-  monkeypatch, switch, backend, count, capability, expected
+  asked_anew, monkeypatch, switch, backend, count, capability, expected
 ):
   monkeypatch.setenv('QDORA_KERNELS', switch)
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
@@ -106,10 +113,28 @@ def test_where_it_runs(
     compute_capability = capability
 
   monkeypatch.setattr(jax, 'devices', lambda: [Device()])
-  few.capable.cache_clear()
   assert few.here() == expected
-  monkeypatch.undo()
-  few.capable.cache_clear()
+
+
+def test_a_slice_is_cut_out_where_offsets_do_not_reach(interpreted):
+  """Of 80 layers of 8192 x 8192, 2.7 GB."""
+
+  def operands(layers):
+    q = jax.eval_shape(
+      lambda w: nf4.quantize(w, 64),
+      jax.ShapeDtypeStruct((layers, 8192, 8192), jnp.bfloat16),
+    )
+    x = jax.ShapeDtypeStruct((1, 8192), jnp.bfloat16)
+    one = q.replace(layer=jax.ShapeDtypeStruct((), jnp.int32))
+    (call,) = (
+      e
+      for e in jax.make_jaxpr(few.parts)(x, one).eqns
+      if 'pallas' in str(e.primitive)
+    )
+    return [v.aval.size for v in call.invars]
+
+  assert max(operands(80)) == 8192 * 4096
+  assert max(operands(60)) == 60 * 8192 * 4096
 
 
 def prmt(a: int, b: int, selector: int) -> int:
@@ -194,7 +219,11 @@ def test_decoding_in_place_is_decoding_in_slices(monkeypatch, batch):
   _, cache = model.apply(params, ids[:, :5], cache=empty)
   before = model.apply(params, ids[:, 5:], cache=cache)
   monkeypatch.setattr(few, 'INTERPRET', True)
+  calls, real = [], few.parts
+  monkeypatch.setattr(few, 'parts', lambda x, q: calls.append(q) or real(x, q))
   after = model.apply(params, ids[:, 5:], cache=cache)
+  # q, o, gate, up and down; k and v have too few columns.
+  assert len(calls) == 5 and all(q.codes.ndim == 3 for q in calls)
   for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
     assert a.shape == b.shape and a.dtype == b.dtype
     assert relative(b.astype(jnp.float32), a.astype(jnp.float32)) < 0.02

@@ -5,6 +5,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
@@ -25,6 +26,7 @@ CONFIG = ModelConfig(
   kinds=(LayerKind(rope.plain(1e4, 64)),) * LAYERS,
   tied=False,
 )
+SLOW = pytest.mark.slow
 # A use in the forward pass and one in the backward pass.
 USES = 2
 
@@ -42,17 +44,21 @@ def stacks(base):
 
 
 @pytest.mark.parametrize(
-  ('method', 'double', 'remat', 'sizes'),
+  ('method', 'double', 'remat', 'sizes', 'dtype'),
   [
-    ('dora', True, 'block', (1, 8, 1)),
-    ('lora', False, 'none', (2, 4, 1)),
-    pytest.param('dora', False, 'dots', (1, 4, 2), marks=tiny.AGAIN),
-    pytest.param('dora', True, 'offload', (1, 8, 1), marks=pytest.mark.slow),
-    pytest.param('lora', True, 'block', (1, 2, 4), marks=pytest.mark.slow),
-    pytest.param('dora', False, 'none', (1, 8, 1), marks=tiny.AGAIN),
+    ('dora', True, 'block', (1, 8, 1), 'float32'),
+    ('dora', True, 'block', (1, 8, 1), 'bfloat16'),
+    ('lora', False, 'none', (2, 4, 1), 'float32'),
+    pytest.param('dora', False, 'dots', (1, 4, 2), 'float32', marks=tiny.AGAIN),
+    pytest.param('dora', True, 'offload', (1, 8, 1), 'float32', marks=SLOW),
+    pytest.param('lora', True, 'block', (1, 2, 4), 'float32', marks=SLOW),
+    pytest.param('lora', True, 'block', (1, 2, 4), 'bfloat16', marks=SLOW),
+    pytest.param('dora', False, 'none', (1, 8, 1), 'float32', marks=tiny.AGAIN),
   ],
 )
-def test_kernels_travel_packed_inside_the_scan(method, double, remat, sizes):
+def test_kernels_travel_packed_inside_the_scan(
+  method, double, remat, sizes, dtype
+):
   tensor = sizes[2]
   # A rank by which no count of blocks can be mistaken for it.
   step, base, trained = traffic.compiled_step(
@@ -62,6 +68,7 @@ def test_kernels_travel_packed_inside_the_scan(method, double, remat, sizes):
     sizes=sizes,
     remat=remat,
     rank=3,
+    dtype=jnp.dtype(dtype),
   )
   program = step.as_text()
   found = traffic.moved(program)

@@ -165,7 +165,7 @@ def _moved(adapter: Any, seed: int) -> Any:
 
 
 def their_models(ours: Ours, folder: Path) -> dict[bool, Any]:
-  """PEFT's models, packed or not, each with both adapters."""
+  """PEFT's models, packed or not, each with all adapters."""
   import theirs
 
   if not ours.random:

@@ -7,7 +7,7 @@
 # Needs a Python (PYTHON=...) with what `pip install -e '.[gpu,test]'` installs,
 # and, to compare with, torch, peft and bitsandbytes that see the GPU (the extra
 # `parity`); without them ours is timed alone. Nothing is fetched: weights are
-# random. About 60 GB of the GPU's memory, and 20 GB of the host's.
+# random. About 65 GB of the GPU's memory, and 20 GB of the host's.
 #
 # First come nvidia-smi, JAX's devices and versions; without a GPU it ends there.
 # Then, each with a limit of its own: a training step over four bits, over 16 and
@@ -50,10 +50,12 @@ import result
 print(result.hardware(), result.versions(), result.commit(), sep="\n")
 ') || exit 2
 
+parts=0
 # part NAME LIMIT COMMAND...: runs it for at most LIMIT seconds.
 part() {
   local name=$1 limit=$(($2 * stretch)) left=$((budget - SECONDS)) code
   shift 2
+  parts=$((parts + 1))
   ((limit <= left)) || limit=$left
   if ((limit < 5)); then
     failed+=("$name (no time was left)")
@@ -69,10 +71,11 @@ part() {
   esac
 }
 
+# bench NAME LIMIT FLAGS...: the script of that name, up to a dash.
 bench() {
   local name=$1 limit=$2
   shift 2
-  part "$name" "$limit" "$python" "$here/$name.py" --out "$out" "$@"
+  part "$name" "$limit" "$python" "$here/${name%%-*}.py" --out "$out" "$@"
 }
 
 golden='reference or edges or 256x128/64 or logits or twenty_steps or gradients'
@@ -97,10 +100,10 @@ else
     --checkpointing --together --rounds 4)
   packed=(--methods QLoRA,QDoRA)
   bench step 120 "${step[@]}" "${packed[@]}" --remat block --beside QDoRA
-  bench step 80 "${step[@]}" --methods LoRA,DoRA --remat block --beside '' \
-    --name step-dense
-  bench step 70 "${step[@]}" "${packed[@]}" --remat dots --beside '' \
-    --name step-dots
+  bench step-dense 80 "${step[@]}" --methods LoRA,DoRA --remat block \
+    --beside '' --name step-dense
+  bench step-dots 70 "${step[@]}" "${packed[@]}" --remat dots \
+    --beside '' --name step-dots
   bench decode 110 --model llama-3-8b "${packed[@]}" --batches 1 --tokens 33 \
     --rounds 3
   bench nf4 50 --shapes 4096x14336 --rounds 3
@@ -112,7 +115,7 @@ budget=$((SECONDS + 25)) # Only drawing is left.
 part report 25 "$python" $here/report.py "$out" --tables "$out/report.md"
 echo "== $SECONDS s, results in $out"
 if ((${#failed[@]})); then
-  echo "FAILED: ${#failed[@]} of 8 parts:" >&2
+  echo "FAILED: ${#failed[@]} of $parts parts:" >&2
   printf '  %s\n' "${failed[@]}" >&2
   exit 1
 fi
