@@ -16,8 +16,8 @@ weight to bfloat16 costs, which here is not done for a single token.
 
 All layers of a model are one array, and a kernel that is given a slice of it
 has XLA copy the slice. So it is given the whole, and a layer's number
-(`NF4Array.layer`) - or the slice after all, where Triton's offsets do not reach,
-which have 32 bits and a sign.
+(`NF4Array.layer`) - or the slice after all, where Triton's offsets, of 32 bits
+with a sign, do not reach.
 
 It is written in Pallas and compiled by Triton (compute capability 8.0 or more).
 JAX means to remove that back end. Where it is gone, where the GPU is older or
