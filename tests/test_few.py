@@ -205,7 +205,7 @@ def test_a_token_goes_through_base_and_adapter_at_once(interpreted, method):
   assert relative(slope, jax.grad(total)(x.astype(jnp.float32))) < 1e-2
 
 
-@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('batch', [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_decoding_in_place_is_decoding_in_slices(monkeypatch, batch):
   """Kernels stay in their stacks, in every form that there is for them."""
   model = Decoder(large.TINY, jnp.bfloat16)
