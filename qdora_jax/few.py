@@ -28,7 +28,6 @@ as it does on other devices.
 import functools
 import itertools
 import os
-import warnings
 from typing import NamedTuple
 
 import jax
@@ -129,20 +128,17 @@ def parts(x_MxI: jax.Array, q: NF4Array) -> jax.Array:
     x = jnp.pad(x_MxI, ((0, MOST - tokens), (0, 0)))
     inputs = x[:, 0::2], x[:, 1::2]
   tile = Tile(q.block_size // 2, columns, blocks, each)
-  with warnings.catch_warnings():
-    # Said in the essay above.
-    warnings.filterwarnings('ignore', '.*Triton backend is deprecated.*')
-    y = pl.pallas_call(
-      functools.partial(body, tile),
-      out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
-      grid=(o // columns, splits),
-      compiler_params=triton.CompilerParams(num_warps=warps),
-      interpret=INTERPRET,
-      name='nf4_few',
-    )(
-      *(q.layer.reshape(1), *inputs, q.codes, q.absmax),
-      *(q.nested, q.offset, table, jnp.asarray(_HALVES)),
-    )
+  y = pl.pallas_call(
+    functools.partial(body, tile),
+    out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+    grid=(o // columns, splits),
+    compiler_params=triton.CompilerParams(num_warps=warps),
+    interpret=INTERPRET,
+    name='nf4_few',
+  )(
+    *(q.layer.reshape(1), *inputs, q.codes, q.absmax),
+    *(q.nested, q.offset, table, jnp.asarray(_HALVES)),
+  )
   return y.reshape(splits, -1, o)[:, :tokens]
 
 
