@@ -1,5 +1,7 @@
 """The kernel for few tokens, by Pallas' interpreter; and its PTX, by ours."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import large
@@ -135,6 +137,21 @@ def test_a_slice_is_cut_out_where_offsets_do_not_reach(interpreted):
 
   assert max(operands(80)) == 8192 * 4096
   assert max(operands(60)) == 60 * 8192 * 4096
+
+
+@pytest.mark.parametrize('double', [False, True])
+@pytest.mark.parametrize('tokens', [1, 16])
+def test_it_is_lowered_for_a_gpu_that_is_not_here(tokens, double):
+  """To Triton, with the look-up in it: what does not hold there is found."""
+  h100 = jax.sharding.AbstractDevice('NVIDIA H100', None, platform='cuda')
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.sharding.AbstractMesh((1,), ('x',), auto, abstract_device=h100)
+  q, x = packed(double).replace(layer=jnp.int32(1)), inputs(tokens)
+  with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+    warnings.filterwarnings('ignore', '.*Triton backend is deprecated.*')
+    traced = jax.jit(few.product).trace(x, q)
+    program = traced.lower(lowering_platforms=('cuda',)).as_text()
+  assert '__gpu$xla.gpu.triton' in program and 'prmt.b32' in program
 
 
 def prmt(a: int, b: int, selector: int) -> int:
