@@ -20,8 +20,8 @@ The norm, factored. V need not be formed. Per output feature
   ||V||^2 = ||W||^2 + 2 s sum_r B * (A^T W) + s^2 sum_r B * (A^T A B)
 
 ||W||^2 never changes and is computed once (`transforms.norms`), A^T W is R more
-rows for the product with W that is made anyway (in 16 bits, where g is needed
-first, a thin product of its own), the rest is thin. Nothing of
+rows for the product with W that is made anyway (where g is needed first, in
+16 bits on a GPU, a thin product of its own), the rest is thin. Nothing of
 size I x O appears. Float32 error 1.3e-7; the dense form has 2.5e-7.
 
 Zero output features. Real models have outputs whose weights are all zero

@@ -20,7 +20,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from qdora_jax import loss, paths, sight
+from qdora_jax import joined, loss, paths, sight
 from qdora_jax.adapter import Adapter
 from qdora_jax.attention import best
 from qdora_jax.job import Job, Tree, share, trees
@@ -99,7 +99,9 @@ def _kept(job: Job) -> tuple[int, int]:
     return jax.vjp(hidden, trained)[1]
 
   tokens = jax.ShapeDtypeStruct((job.rows, job.seq_len), jnp.int32)
-  traced = jax.make_jaxpr(forward)(made.trained, made.base, made.fixed, tokens)
+  args = (made.trained, made.base, made.fixed, tokens)
+  with joined.on(job.backend):
+    traced = jax.make_jaxpr(forward)(*args)
   inputs = {*traced.jaxpr.invars, *traced.jaxpr.constvars}
   kept = {
     v: v.aval
@@ -122,7 +124,7 @@ _WIDE = {
   'lora': {'block': (2, 6), 'dots': (0, 3), 'none': (0, 3)},
   'dora': {'block': (4, 8), 'dots': (0, 5), 'none': (0, 6)},
 }
-# The same in 16 bits, where a base and its adapter are one product (joined.py):
+# The same where a base and its adapter are one product (joined.py):
 # arrays in the compute dtype, so that plans are within 10% of an H100's peaks.
 _NARROW_WIDE = {
   'lora': {'block': 3, 'dots': 1, 'none': 2},
@@ -163,7 +165,8 @@ def workspace(job: Job) -> int:
   method = 'dora' if dora else 'lora' if adapted else 'full'
   remat = 'block' if job.remat == 'offload' else job.remat
   f32, narrow = _WIDE[method][remat]
-  if adapted and job.width == 2 and not (dora and job.adapter.dropout):
+  together = adapted and job.width == 2 and job.backend != 'cpu'
+  if together and not (dora and job.adapter.dropout):
     f32, narrow = 0, _NARROW_WIDE[method][remat]
   stored = job.remat == 'none'
   # With 'dots' and no adapter nothing of attention is asked for before its own

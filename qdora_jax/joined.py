@@ -1,4 +1,4 @@
-"""A base and its adapter as one product, in 16 bits.
+"""A base and its adapter as one product, in 16 bits on a GPU.
 
 The idea. y = g (x W + s (x A) B) as it stands is two products of every token
 with O outputs, added and scaled. Sums and gains have to be float32 - a gain of
@@ -18,10 +18,15 @@ comes back is rounded to 16 bits once; and g's gradient is found of the output,
 sum(dy y) / g, where automatic differentiation would keep the unscaled product.
 (Where g is 0 that says nothing: such a gain stays. It starts as 1, or as 0
 where W has no length, and no gradient either.)
+
+On a CPU XLA multiplies 16 bits as float32 anyway, and laying factors side by
+side made a step 1.2 times as long: it keeps the two products.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +34,25 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qdora_jax.lora import PRODUCT
+
+_backend: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+  'backend', default=None
+)
+
+
+@contextlib.contextmanager
+def on(backend: str) -> Iterator[None]:
+  """Within, what is traced is for 'cpu' or 'gpu', whatever is here."""
+  token = _backend.set(backend)
+  try:
+    yield
+  finally:
+    _backend.reset(token)
+
+
+def pays() -> bool:
+  """Whether one product is faster than two, here or `on` another backend."""
+  return (_backend.get() or jax.default_backend()) != 'cpu'
 
 
 class Reader(NamedTuple):

@@ -10,8 +10,8 @@ it), so the product with an NF4Array has its own derivative: its residual is the
 packed weight, which is dequantized once in the forward pass, once in the
 backward pass and dropped in between. All products that one use needs - the
 tokens', the dropped tokens', the norm's A^T - share that dequantization. (In 16
-bits DoRA's gain is part of W, and the norm that it takes is found before: by a
-dequantization of its own, or by the kernel of few.py.)
+bits on a GPU DoRA's gain is part of W, and the norm that it takes is found
+before: by a dequantization of its own, or by the kernel of few.py.)
 Under FSDP the packed arrays are gathered at the same two places, so that four
 bits travel and the residual stays sharded.
 """
@@ -188,6 +188,8 @@ def _joined(
   packed, one = isinstance(base, NF4Array), x.size == x.shape[-1]
   few_fit = packed and few.fits(x, base)
   if x.dtype.itemsize != 2 or few_fit != one:
+    return None
+  if not (one or joined.pays()):
     return None
   if packed and base.gathered is not None and base.gathered.spec[0]:
     return None  # What is split along I would be moved to be joined.

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdora_jax import DoraWeight, LoraWeight, dora, linear, materialize, nf4
+from qdora_jax import (
+  DoraWeight,
+  LoraWeight,
+  dora,
+  joined,
+  linear,
+  materialize,
+  nf4,
+)
 from qdora_jax.linear import product
 
 I, O, R = 128, 96, 4  # noqa: E741
@@ -199,8 +207,14 @@ def test_dropout_follows_the_papers_rule():
   close(still, g * (x @ (dense + ab)))
 
 
-def test_gain_is_computed_in_float32():
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+def test_gain_is_computed_in_float32(backend):
   """A gain within bfloat16's last bit of 1 still moves the output."""
+  with joined.on(backend):
+    gain_moves_the_output()
+
+
+def gain_moves_the_output():
   w = with_norm(dora_weight()).replace(lora_b=jnp.zeros((R, O)))
   m = jnp.sqrt(w.squared_norm)
   x = normal(4, 64, I).astype(jnp.bfloat16)
@@ -348,10 +362,14 @@ def test_sixteen_bits_are_multiplied_as_such_both_ways(kind):
     three = jax.grad(loss, (0, 1, 2))
     return products_by_type(three, x, w.lora_a, w.lora_b, w)
 
-  # Forward: x W with (x A) B, and x A; backward: of x, (x A), B, A and x again.
-  assert gradients(lora_) == {'bf16': 2 + 5}
-  # And of the norm A^T W; and in float32 throughout A^T A, and that by B.
-  assert gradients(dora_) == {'bf16': 8, 'f32': 2}
+  # Forward: x W, x A, (x A) B; backward: two for each that has two factors.
+  assert gradients(lora_) == {'bf16': 3 + 1 + 2 + 2}
+  # And of the norm, in float32 throughout: A^T A, and that by B.
+  assert gradients(dora_) == {'bf16': 9, 'f32': 2}
+  with joined.on('gpu'):
+    # x W with (x A) B, and x A; backward: of x, x A, B, A and x again.
+    assert gradients(lora_) == {'bf16': 2 + 5}
+    assert gradients(dora_) == {'bf16': 8, 'f32': 2}
 
 
 def test_a_wider_product_has_the_gradients_of_a_plain_one():

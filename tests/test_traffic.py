@@ -10,7 +10,7 @@ import pytest
 import tiny
 from tiny import quick_compiles  # noqa: F401
 
-from qdora_jax import QuantSpec, loss, paths, rope
+from qdora_jax import QuantSpec, joined, loss, paths, rope
 from qdora_jax.model import LayerKind, ModelConfig
 
 traffic = tiny.script('benchmarks/traffic.py')
@@ -63,15 +63,16 @@ def test_kernels_travel_packed_inside_the_scan(
 ):
   tensor = sizes[2]
   # A rank by which no count of blocks can be mistaken for it.
-  step, base, trained = traffic.compiled_step(
-    CONFIG,
-    method,
-    QuantSpec(double_quant=double),
-    sizes=sizes,
-    remat=remat,
-    rank=3,
-    dtype=jnp.dtype(dtype),
-  )
+  with joined.on('gpu'):
+    step, base, trained = traffic.compiled_step(
+      CONFIG,
+      method,
+      QuantSpec(double_quant=double),
+      sizes=sizes,
+      remat=remat,
+      rank=3,
+      dtype=jnp.dtype(dtype),
+    )
   program = step.as_text()
   found = traffic.moved(program)
   shapes = traffic.layer_shapes(base, trained, tensor)
