@@ -58,9 +58,17 @@ def relative(got: jax.Array, exact: jax.Array) -> float:
   return np.linalg.norm(got - exact) / np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize('block_size', [32, 64, 128])
-@pytest.mark.parametrize('double', [False, True])
-@pytest.mark.parametrize('tokens', [1, 2, 16])
+@pytest.mark.parametrize(
+  ('tokens', 'double', 'block_size'),
+  [
+    (1, False, 64),
+    (1, True, 64),
+    (1, True, 32),
+    (2, True, 64),
+    (16, False, 64),
+    (16, True, 128),
+  ],
+)
 def test_a_product_is_that_with_the_dequantized_weight(
   interpreted, tokens, double, block_size
 ):
@@ -226,19 +234,27 @@ def test_a_token_goes_through_base_and_adapter_at_once(interpreted, method):
 def test_decoding_in_place_is_decoding_in_slices(monkeypatch, batch):
   """Kernels stay in their stacks, in every form that there is for them."""
   model = Decoder(large.TINY, jnp.bfloat16)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-  params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params['params'])
-  base = quantize(params, QuantSpec(double_quant=True))
-  adapter = init_adapter(jax.random.key(1), base, AdapterSpec('dora', rank=4))
-  params = {'params': freeze(base, tiny.perturbed(adapter))}
+  one = jnp.zeros((1, 1), jnp.int32)
+
+  @jax.jit
+  def made(key):
+    params = model.init(key, one)['params']
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    return {'params': quantize(params, QuantSpec(double_quant=True))}
+
+  def run(ids, cache):
+    apply = lambda *args: model.apply(*args[:2], cache=args[2])  # noqa: E731
+    return jax.jit(apply)(params, ids, cache)
+
+  params = made(jax.random.key(0))
   ids = jax.random.randint(jax.random.key(2), (batch, 6), 0, large.TINY.vocab)
   empty = init_cache(large.TINY, batch, 8, jnp.bfloat16)
-  _, cache = model.apply(params, ids[:, :5], cache=empty)
-  before = model.apply(params, ids[:, 5:], cache=cache)
+  _, cache = run(ids[:, :5], empty)
+  before = run(ids[:, 5:], cache)
   monkeypatch.setattr(few, 'INTERPRET', True)
   calls, real = [], few.parts
   monkeypatch.setattr(few, 'parts', lambda x, q: calls.append(q) or real(x, q))
-  after = model.apply(params, ids[:, 5:], cache=cache)
+  after = run(ids[:, 5:], cache)
   # q, o, gate, up and down; k and v have too few columns.
   assert len(calls) == 5 and all(q.codes.ndim == 3 for q in calls)
   for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
