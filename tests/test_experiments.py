@@ -14,7 +14,7 @@ from qdora_jax.plan import GB, of_run, plan
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'experiments' / 'configs'
 NAMES = ['alpaca', 'commonsense', 'e2e', 'gsm8k', 'guanaco', 'orca_math']
-AGAIN = ['alpaca', 'commonsense', 'guanaco', 'orca_math']
+AGAIN = ['alpaca', 'commonsense', 'e2e', 'guanaco', 'orca_math']
 # Forms whose memory the file states, and their architectures.
 STATED = {
   'alpaca': {'llama-7b': 'llama-7b'},
