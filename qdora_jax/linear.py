@@ -214,16 +214,9 @@ def _both(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _one_token(
-  reader: joined.Reader,
-  base: NF4Array,
-  x: jax.Array,
-  dropped: jax.Array,
-  a: jax.Array | None,
-  b: jax.Array | None,
-  gain: jax.Array | None,
-) -> jax.Array:
-  """The same of one token, by the kernel: all that it is, summed at once."""
+def _one_token(reader: joined.Reader, base: NF4Array, *given: Any) -> jax.Array:
+  """`_both` of one token, by the kernel: all that it is, summed at once."""
+  x, dropped, a, b, gain = given
   parts = few.parts(x.reshape(1, -1), base)[:, 0]
   if a is not None:
     # (Written as a product XLA would make and store R products an input.)
@@ -234,13 +227,13 @@ def _one_token(
   return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def _one_token_forward(reader, base, *rest):
-  return _one_token(reader, base, *rest), (base, rest)
+def _one_token_forward(reader, base, *given):
+  return _one_token(reader, base, *given), (base, given)
 
 
 def _one_token_backward(reader, kept, d_y):
-  base, rest = kept
-  return None, *jax.vjp(functools.partial(_both, reader, base), *rest)[1](d_y)
+  base, given = kept
+  return None, *jax.vjp(functools.partial(_both, reader, base), *given)[1](d_y)
 
 
 _one_token.defvjp(_one_token_forward, _one_token_backward)
