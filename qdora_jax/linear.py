@@ -55,12 +55,8 @@ def linear(
     >>> linear(jnp.ones((5, 64)), w).shape
     (5, 32)
   """
-  if isinstance(w, DoraWeight):
-    readers = _readers(w.base, x.dtype)
-    y = dora.apply(x, w, *readers, _joined(x, w.base, name), name)
-  elif isinstance(w, LoraWeight):
-    products, _ = _readers(w.base, x.dtype)
-    y = lora.apply(x, w, products, _joined(x, w.base, name), name)
+  if isinstance(w, LoraWeight | DoraWeight):
+    y = _adapted(x, w, name)
   elif isinstance(w, SeveralWeight):
     y = several.apply(x, w, _readers(w.base, x.dtype)[0])
   else:
@@ -69,6 +65,17 @@ def linear(
   if bias is None:
     return y
   return y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
+
+
+def _adapted(x: jax.Array, w: LoraWeight | DoraWeight, name: str) -> jax.Array:
+  if _all_at_once(x, w):
+    return _one_token(x, w)
+  w = lora.own(w)
+  products, dense = _readers(w.base, x.dtype)
+  both = _joined(x, w.base, name)
+  if isinstance(w, LoraWeight):
+    return lora.apply(x, w, products, both, name)
+  return dora.apply(x, w, products, dense, both, name)
 
 
 def norm(w: DoraWeight) -> jax.Array:
@@ -95,18 +102,24 @@ def per_layer(f: Callable[[Any], Any], w: Any) -> Any:
 def in_place(params: Any, layer: jax.Array) -> Any:
   """One layer of stacked parameters, its packed kernels not cut out.
 
+  Nor what is adapted on them: `linear` takes it as it is.
+
   Args:
     params: a tree whose arrays have a leading axis of layers.
     layer: i32 [], its number.
   """
 
+  def base(leaf: Any) -> Any:
+    return leaf.base if isinstance(leaf, LoraWeight | DoraWeight) else leaf
+
   def packed(leaf: Any) -> bool:
-    return isinstance(leaf, NF4Array)
+    return isinstance(base(leaf), NF4Array)
 
   def of(leaf: Any) -> Any:
-    if packed(leaf):
-      return leaf.replace(layer=layer)
-    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    if not packed(leaf):
+      return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    told = base(leaf).replace(layer=layer)
+    return told if isinstance(leaf, NF4Array) else leaf.replace(base=told)
 
   return jax.tree.map(of, params, is_leaf=packed)
 
@@ -183,20 +196,19 @@ def _joined(
 ) -> Callable[..., jax.Array] | None:
   """What multiplies with a base and its adapter in one go, in 16 bits, or None.
 
-  See joined.py, and few.py for one token.
+  See joined.py.
   """
   packed, one = isinstance(base, NF4Array), x.size == x.shape[-1]
-  few_fit = packed and few.fits(x, base)
-  if x.dtype.itemsize != 2 or few_fit != one:
+  if x.dtype.itemsize != 2 or one or not joined.pays():
     return None
-  if not (one or joined.pays()):
+  if packed and few.fits(x, base):
     return None
   if packed and base.gathered is not None and base.gathered.spec[0]:
     return None  # What is split along I would be moved to be joined.
   # (A dense one that is, over `tensor`, is: then XLA moves parts of it.)
   folds = packed or base.dtype.itemsize > 2
   reader = joined.Reader(_dense, folds, packed, name)
-  return functools.partial(_one_token if one else _both, reader, base)
+  return functools.partial(_both, reader, base)
 
 
 def _both(
@@ -213,27 +225,39 @@ def _both(
   return joined.product(reader, x, low, b, gain, base)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _one_token(reader: joined.Reader, base: NF4Array, *given: Any) -> jax.Array:
-  """`_both` of one token, by the kernel: all that it is, summed at once."""
-  x, dropped, a, b, gain = given
-  parts = few.parts(x.reshape(1, -1), base)[:, 0]
-  if a is not None:
-    # (Written as a product XLA would make and store R products an input.)
-    low = jnp.sum(dropped.reshape(-1, 1).astype(jnp.float32) * a, axis=0)
-    parts = jnp.concatenate([parts, low[:, None] * b])
-  y = jnp.sum(parts, axis=0)
-  y = y if gain is None else gain * y
-  return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+def _all_at_once(x: jax.Array, w: LoraWeight | DoraWeight) -> bool:
+  """Whether few.py takes x through w: one token, and all is known of w."""
+  return (
+    x.size == x.shape[-1]
+    and isinstance(w.base, NF4Array)
+    and few.fits(x, w.base)
+    and w.lora_a is not None
+    and w.dropout_key is None
+    and not (isinstance(w, DoraWeight) and w.norm is None)
+  )
 
 
-def _one_token_forward(reader, base, *given):
-  return _one_token(reader, base, *given), (base, given)
+@jax.custom_vjp
+def _one_token(x: jax.Array, w: LoraWeight | DoraWeight) -> jax.Array:
+  """`_adapted` of one token, by the kernels of few.py."""
+  thin = {'lora_b': w.lora_b, 'scale': w.scale}
+  if isinstance(w, DoraWeight):
+    thin |= {'magnitude': w.magnitude, 'norm': w.norm}
+  return few.adapted(x, w.base, w.lora_a, thin)
 
 
-def _one_token_backward(reader, kept, d_y):
-  base, given = kept
-  return None, *jax.vjp(functools.partial(_both, reader, base), *given)[1](d_y)
+def _one_token_forward(x, w):
+  return _one_token(x, w), (x, w)
+
+
+def _one_token_backward(kept, d_y):
+  x, w = kept
+
+  def dense(x, w):
+    base = jax.lax.stop_gradient(materialize(w.base, x.dtype))
+    return linear(x, lora.own(w).replace(base=base))
+
+  return jax.vjp(dense, x, w)[1](d_y)
 
 
 _one_token.defvjp(_one_token_forward, _one_token_backward)

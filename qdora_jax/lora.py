@@ -86,6 +86,18 @@ def init(
   return a, b
 
 
+def own(w: Any) -> Any:
+  """w with its own layer's arrays alone, where its base is told a layer.
+
+  (See NF4Array; the base itself stays as it is.)
+  """
+  n = getattr(w.base, 'layer', None)
+  if n is None:
+    return w
+  thin = jax.tree.map(lambda array: array[n], w.replace(base=None))
+  return thin.replace(base=w.base)
+
+
 def delta(w: Any) -> jax.Array:
   """scale * A B in float32, [..., I, O]: what adapting adds to the base."""
   scale = jnp.asarray(w.scale, jnp.float32)[..., None, None]

@@ -12,7 +12,7 @@ PACKAGE = ROOT / 'qdora_jax'
 # A floor a paragraph, the lowest first. Evaluation and plans are used by the
 # training story, so they stand on its floor.
 FLOORS = """
-nf4 few lora joined dora residual several vera linear
+nf4 lora dora nibbles few_kernels few joined residual several vera linear
 
 paths specs adapter transforms serving sharding
 
