@@ -30,9 +30,9 @@ I, O, N = 512, 256, 3  # noqa: E741
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  """The kernel runs here."""
+  """The kernel runs here: interpreted, where there is no GPU for it."""
   jax.clear_caches()
-  monkeypatch.setattr(nibbles, 'INTERPRET', True)
+  monkeypatch.setattr(nibbles, 'INTERPRET', not few.capable())
   yield
   jax.clear_caches()
 
@@ -287,8 +287,11 @@ def test_a_token_goes_through_base_and_adapter_at_once(
   assert relative(slope, jax.grad(total)(x.astype(jnp.float32))) < 1e-2
 
 
-@pytest.mark.parametrize('batch', [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_decoding_in_place_is_decoding_in_slices(monkeypatch, batch):
+@pytest.mark.parametrize(
+  ('batch', 'method'),
+  [(1, None), (1, 'dora'), pytest.param(3, 'dora', marks=pytest.mark.slow)],
+)
+def test_decoding_in_place_is_decoding_in_slices(monkeypatch, batch, method):
   """Kernels stay in their stacks, in every form that there is for them."""
   model = Decoder(large.TINY, jnp.bfloat16)
   one = jnp.zeros((1, 1), jnp.int32)
@@ -297,7 +300,11 @@ def test_decoding_in_place_is_decoding_in_slices(monkeypatch, batch):
   def made(key):
     params = model.init(key, one)['params']
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    return {'params': quantize(params, QuantSpec(double_quant=True))}
+    params = quantize(params, QuantSpec(double_quant=True))
+    if method is None:
+      return {'params': params}
+    spec = AdapterSpec(method, rank=4, init='orthogonal')
+    return {'params': freeze(params, init_adapter(key, params, spec))}
 
   def run(ids, cache):
     apply = lambda *args: model.apply(*args[:2], cache=args[2])  # noqa: E731
@@ -306,16 +313,22 @@ def test_decoding_in_place_is_decoding_in_slices(monkeypatch, batch):
   params = made(jax.random.key(0))
   ids = jax.random.randint(jax.random.key(2), (batch, 6), 0, large.TINY.vocab)
   empty = init_cache(large.TINY, batch, 8, jnp.bfloat16)
+  monkeypatch.setattr(few, 'here', lambda: False)
   _, cache = run(ids[:, :5], empty)
   before = run(ids[:, 5:], cache)
-  monkeypatch.setattr(nibbles, 'INTERPRET', True)
+  monkeypatch.setattr(few, 'here', lambda: True)
+  monkeypatch.setattr(nibbles, 'INTERPRET', not few.capable())
   calls, real = [], few._parts
   monkeypatch.setattr(
-    few, '_parts', lambda x, q, low=None: calls.append(q) or real(x, q, low)
+    few,
+    '_parts',
+    lambda x, q, low=None: calls.append((q, low)) or real(x, q, low),
   )
   after = run(ids[:, 5:], cache)
   # q, o, gate, up and down; k and v have too few columns.
-  assert len(calls) == 5 and all(q.codes.ndim == 3 for q in calls)
+  assert len(calls) == 5 and all(q.codes.ndim == 3 for q, _ in calls)
+  if batch == 1:
+    assert all((low is None) == (method is None) for _, low in calls)
   for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
     assert a.shape == b.shape and a.dtype == b.dtype
     assert relative(b.astype(jnp.float32), a.astype(jnp.float32)) < 0.02

@@ -3,6 +3,7 @@
 #
 #   experiments/benchmarks/gpu.sh           results go to runs/gpu (or OUT=...)
 #   TINY=1 experiments/benchmarks/gpu.sh    sizes for a CPU: does this script work?
+#   ONLY='decode nf4' experiments/benchmarks/gpu.sh    these parts, where time is short
 #
 # Needs a Python (PYTHON=...) with what `pip install -e '.[gpu,test]'` installs,
 # and, to compare with, torch, peft and bitsandbytes that see the GPU (the extra
@@ -19,7 +20,7 @@ set -u
 cd "$(dirname "$0")/../.." || exit 2
 python=${PYTHON:-python}
 out=${OUT:-runs/gpu}
-tiny=${TINY:-}
+tiny=${TINY:-} only=${ONLY:-}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # JAX and torch share the GPU; products of float32 are float32 in the checks.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
@@ -55,6 +56,7 @@ parts=0
 part() {
   local name=$1 limit=$(($2 * stretch)) left=$((budget - SECONDS)) code
   shift 2
+  [[ -z $only || " $only report " == *" $name "* ]] || return 0
   parts=$((parts + 1))
   ((limit <= left)) || limit=$left
   if ((limit < 5)); then
@@ -78,13 +80,14 @@ bench() {
   part "$name" "$limit" "$python" "$here/${name%%-*}.py" --out "$out" "$@"
 }
 
+kernels='dequantized_weight or at_once or not_finite or in_slices'
 golden='reference or edges or 256x128/64 or logits or twenty_steps or gradients'
 # Without conftest.py, which makes tests run on CPU devices.
 check() {
   JAX_DEFAULT_MATMUL_PRECISION=highest part check 110 "$python" -m pytest \
     --noconftest -o addopts= -o filterwarnings=default -p no:cacheprovider \
     --import-mode=importlib -q -k "$1" \
-    tests/test_nf4_golden.py tests/test_linear_golden.py \
+    tests/test_few.py tests/test_nf4_golden.py tests/test_linear_golden.py \
     tests/test_curves_golden.py
 }
 
@@ -107,12 +110,13 @@ else
   bench decode 110 --model llama-3-8b "${packed[@]}" --batches 1 --tokens 33 \
     --rounds 3
   bench nf4 50 --shapes 4096x14336 --rounds 3
-  check "$golden"
+  check "$kernels or $golden"
   bench large 50 llama-3-8b 2048
 fi
 
 budget=$((SECONDS + 25)) # Only drawing is left.
 part report 25 "$python" $here/report.py "$out" --tables "$out/report.md"
+((parts > 1)) || failed+=("ONLY='$only': no part has that name")
 echo "== $SECONDS s, results in $out"
 if ((${#failed[@]})); then
   echo "FAILED: ${#failed[@]} of $parts parts:" >&2

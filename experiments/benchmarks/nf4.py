@@ -5,7 +5,8 @@
 Each work is done on several weights of one shape (I x O), more bytes than
 caches hold where that is possible, one after the other, as a model does; times
 are of one weight. Ours is one jitted program and waits at its end, torch is a
-loop that waits at its end; on a GPU its launches count, as they do in a model.
+loop that waits at its end; on a GPU its launches count, as they do in a model,
+and what kernels take without them is given, too.
 float32 on a CPU, bfloat16 on a GPU; 'bitsandbytes, bfloat16' is what its layers
 turn into on CPUs with AVX512-BF16 (weights repacked, scales and products in
 bfloat16). Without torch and bitsandbytes (the extra `parity`) ours is measured
@@ -39,6 +40,8 @@ from qdora_jax.linear import linear
 SHAPES = '576x1536,1536x576,4096x4096,4096x14336'
 # Below these a kernel of our own would pay.
 ENOUGH = {'dequantize': 0.8, 'product, M = 1': 0.6, 'product, M = 16': 0.6}
+# By a profile: launches and gaps do not count.
+MS, OF = 'ms of GPU time', 'of copy, in GPU time'
 # Rows from which on arithmetic takes longer than reading.
 MANY = 256
 TORCH = all(map(importlib.util.find_spec, ('torch', 'bitsandbytes')))
@@ -204,6 +207,7 @@ def measure(
   if theirs:
     copies['torch'] = Way(theirs.copy, number, 2 * whole)
   rows = []
+  busy = {}
 
   def add(work: str, ways: dict[str, Way]) -> None:
     every = copies | ways
@@ -215,6 +219,10 @@ def measure(
       ).items()
     }
     copy = min((seconds[name] for name in copies), key=np.median)
+    if gpu:
+      new = every if not busy else ways
+      busy.update({n: result.busy(way.call) for n, way in new.items()})
+      least = min(busy[name] for name in copies) / number
     for name in ways if rows else every:
       times, moved = seconds[name], every[name].moved
       row = {
@@ -229,6 +237,10 @@ def measure(
       if moved:
         row['GB/s'] = result.spread([moved / t for t in times], 1e-9)
         row['of copy'] = result.ratio(copy, times, moved / (2 * whole))
+      if busy:
+        taken = busy[name] / every[name].weights
+        row[MS] = float(f'{1e3 * taken:.3g}')
+        row[OF] = moved and float(f'{least / taken * moved / (2 * whole):.3g}')
       if theirs and name in ('ours', 'ours, host'):
         beside = result.ratio(seconds['bitsandbytes'], times)
         row['times as fast as bitsandbytes'] = beside
@@ -267,7 +279,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
   lines = []
   for row in rows:
     if row['I x O'] == shape and row['by'] == 'ours' and row['work'] in ENOUGH:
-      limit, got = ENOUGH[row['work']], row['of copy']['median']
+      limit, got = ENOUGH[row['work']], row.get(OF, row['of copy']['median'])
       said = 'XLA is enough' if got >= limit else 'a kernel may pay'
       lines.append(
         f'{row["work"]}, {shape}: {got:.2f} of copy bandwidth, where '

@@ -27,6 +27,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,29 @@ def _seconds(way: Callable[[], object], calls: int) -> float:
   for _ in range(calls):
     way()
   return (time.perf_counter() - began) / calls
+
+
+def busy(call: Callable[[], object]) -> float | None:
+  """Seconds that GPUs spend on a call, by a profile; None where there is none.
+
+  Whose work it is does not matter: torch's counts, too. Gaps between kernels,
+  and what it takes to launch them, do not.
+  """
+  call()
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      call()
+    (path,) = Path(folder).rglob('*.xplane.pb')
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    events = [
+      event.duration_ns
+      for plane in planes
+      if 'GPU' in plane.name
+      for line in plane.lines
+      if line.name.startswith('Stream')
+      for event in line.events
+    ]
+  return sum(events) * 1e-9 or None
 
 
 def spread(values: Sequence[float], factor: float = 1.0) -> dict[str, Any]:
