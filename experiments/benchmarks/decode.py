@@ -66,8 +66,9 @@ SHAPES = CONFIGS | {
     'vocab_size': 128,
   }
 }
-# Numbers in the array whose copy shows the bandwidth.
-COPIED = 2**26
+# Numbers in the array whose copy shows the bandwidth; and copies, on a CPU and
+# on a GPU, where launching one takes as long as the copy.
+COPIED, COPIES = 2**26, (1, 64)
 
 
 class Method(NamedTuple):
@@ -212,13 +213,17 @@ def measure(
   if not ours.random and ours.dtype == 'float32':
     _check(sayers, args.tokens)
   numbers = jnp.ones(COPIED, jnp.float32)
-  copy = jax.jit(lambda a: -a)
-  ways = {'copy': lambda: jax.block_until_ready(copy(numbers))}
+  copy, copies = jax.jit(lambda a: -a), COPIES[jax.default_backend() == 'gpu']
+  ways = {
+    'copy': lambda: jax.block_until_ready(
+      [copy(numbers) for _ in range(copies)][-1]
+    )
+  }
   for sayer, say in sayers.items():
     ways[(*sayer, 'first')] = functools.partial(say, 1)
     ways[(*sayer, 'all')] = functools.partial(say, args.tokens)
   seconds = result.interleave(ways, args.rounds)
-  bandwidth = [2 * numbers.nbytes / t for t in seconds['copy']]
+  bandwidth = [2 * copies * numbers.nbytes / t for t in seconds['copy']]
 
   def each(name: str, side: str) -> list[float]:
     """Seconds of a token after the first."""

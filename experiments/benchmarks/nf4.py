@@ -40,7 +40,7 @@ from qdora_jax.linear import linear
 SHAPES = '576x1536,1536x576,4096x4096,4096x14336'
 # Below these a kernel of our own would pay.
 ENOUGH = {'dequantize': 0.8, 'product, M = 1': 0.6, 'product, M = 16': 0.6}
-# By a profile: launches and gaps do not count.
+# By a profile of one call: launches and gaps do not count.
 MS, OF = 'ms of GPU time', 'of copy, in GPU time'
 # Rows from which on arithmetic takes longer than reading.
 MANY = 256
@@ -222,7 +222,6 @@ def measure(
     if gpu:
       new = every if not busy else ways
       busy.update({n: result.busy(way.call) for n, way in new.items()})
-      least = min(busy[name] for name in copies) / number
     for name in ways if rows else every:
       times, moved = seconds[name], every[name].moved
       row = {
@@ -237,10 +236,13 @@ def measure(
       if moved:
         row['GB/s'] = result.spread([moved / t for t in times], 1e-9)
         row['of copy'] = result.ratio(copy, times, moved / (2 * whole))
-      if busy:
-        taken = busy[name] / every[name].weights
-        row[MS] = float(f'{1e3 * taken:.3g}')
-        row[OF] = moved and float(f'{least / taken * moved / (2 * whole):.3g}')
+      if gpu:
+        taken = busy[name] and busy[name] / every[name].weights
+        row[MS] = taken and result.spread([taken], 1e3)
+        row[OF] = None
+        if taken and moved:
+          least = busy['JAX'] / number * moved / (2 * whole)
+          row[OF] = result.ratio([least], [taken])
       if theirs and name in ('ours', 'ours, host'):
         beside = result.ratio(seconds['bitsandbytes'], times)
         row['times as fast as bitsandbytes'] = beside
@@ -279,7 +281,8 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
   lines = []
   for row in rows:
     if row['I x O'] == shape and row['by'] == 'ours' and row['work'] in ENOUGH:
-      limit, got = ENOUGH[row['work']], row.get(OF, row['of copy']['median'])
+      limit = ENOUGH[row['work']]
+      got = (row.get(OF) or row['of copy'])['median']
       said = 'XLA is enough' if got >= limit else 'a kernel may pay'
       lines.append(
         f'{row["work"]}, {shape}: {got:.2f} of copy bandwidth, where '

@@ -102,10 +102,9 @@ def _seconds(way: Callable[[], object], calls: int) -> float:
 
 
 def busy(call: Callable[[], object]) -> float | None:
-  """Seconds that GPUs spend on a call, by a profile; None where there is none.
+  """Seconds that GPUs spend on a call, by JAX's profile; None if it sees none.
 
-  Whose work it is does not matter: torch's counts, too. Gaps between kernels,
-  and what it takes to launch them, do not.
+  Gaps between kernels, and what it takes to launch them, do not count.
   """
   call()
   with tempfile.TemporaryDirectory() as folder:
