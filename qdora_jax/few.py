@@ -39,8 +39,10 @@ except ImportError:  # pragma: no cover
   pl = triton = None
 
 # For one token and for several: columns of a tile, warps of a program, and
-# blocks of its part of the in axis, at most (experiments/LOG.md).
+# steps of its part of the in axis, at most (experiments/LOG.md).
 ONE, SEVERAL = (128, 1, 1), (64, 1, 4)
+# Inputs of a step, at most.
+STEP = 64
 # Bytes that an offset reaches.
 FARTHEST = 2**31 - 1
 
@@ -144,7 +146,6 @@ def _parts(
       summed to be x A, f32 [parts, R], of one token.
   """
   (tokens, i), (_, o) = x_MxI.shape, q.shape
-  blocks = i // q.block_size
   if q.layer is not None and q.codes.size > FARTHEST:
     q = nf4.own(q)
   if q.layer is None:
@@ -159,8 +160,10 @@ def _parts(
     shape, dtype = (tokens, o), x.dtype
     x = jnp.pad(x_MxI, ((0, MOST - tokens), (0, 0)))
     x = jnp.moveaxis(x.reshape(MOST, i // 2, 2), -1, 0)
-  each = max(n for n in range(1, most + 1) if blocks % n == 0)
-  splits = blocks // each
+  step = min(q.block_size, STEP)
+  steps, block = i // step, q.block_size // step
+  each = max(n for n in range(1, most + 1) if steps % n == 0)
+  splits = steps // each
   out = [jax.ShapeDtypeStruct((splits, *shape), jnp.float32)]
   rank, more = 0, ()
   if low is not None:
@@ -168,8 +171,9 @@ def _parts(
     more = low[0].reshape(1), low[1]
     room = splits, pl.next_power_of_2(rank)
     out.append(jax.ShapeDtypeStruct(room, jnp.float32))
-  half = q.block_size // 2
-  tile = Tile(tokens, half, columns, o // columns, blocks, each, rank)
+  tile = Tile(
+    tokens, step // 2, columns, o // columns, steps, each, block, rank
+  )
   y, *lows = pl.pallas_call(
     functools.partial(multiply, tile),
     out_shape=out,

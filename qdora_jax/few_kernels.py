@@ -1,8 +1,9 @@
 """The programs of few.py: what one of many does on a GPU, in Pallas.
 
-`multiply` weighs a tile of codes, block_size / 2 bytes of each of its columns
-at a time. The in axis is split, too: what programs leave has to be summed.
-Beside the tiles stands one more column of programs, for x A, if there is an A.
+`multiply` weighs a tile of codes, a step of 64 inputs at a time (of a block's,
+if that has fewer). The in axis is split, too: what programs leave has to be
+summed. Beside the tiles stands one more column of programs, for x A, if there
+is an A.
 `finish` then adds up, in some columns, what is there, brings B and DoRA's gain
 in and rounds once.
 
@@ -36,11 +37,12 @@ class Tile(NamedTuple):
 
   Attributes:
     tokens: how many.
-    half: bytes of a block, block_size / 2.
+    half: bytes of a step, of one column.
     columns: of a tile.
     tiles: beside each other.
-    blocks: of the whole in axis.
+    steps: of the whole in axis.
     each: of a program's part of it.
+    block: steps of a block.
     rank: of A; 0: none.
   """
 
@@ -48,8 +50,9 @@ class Tile(NamedTuple):
   half: int
   columns: int
   tiles: int
-  blocks: int
+  steps: int
   each: int
+  block: int
   rank: int
 
 
@@ -77,7 +80,7 @@ def multiply(tile, layer, x, codes, *rest):
 
 
 def _one(tile, own, part, layer, x, codes, *rest):
-  """Of one token, summed in fixed point within a block."""
+  """Of one token, summed in fixed point within a step."""
   *scales, words, out = rest
   n, columns = layer[0], own * tile.columns + jnp.arange(tile.columns)
   fours = jnp.arange(tile.half // 2)
@@ -85,11 +88,11 @@ def _one(tile, own, part, layer, x, codes, *rest):
   table = [jnp.broadcast_to(words[k], shape) for k in range(8)]
 
   def step(k, sums):
-    block = part * tile.each + k
-    first = block * tile.half + 2 * fours
+    at = part * tile.each + k
+    first = at * tile.half + 2 * fours
     rows = (row[:, None] for row in (first, first + 1))
     packed = [triton.load(codes.at[n, row, columns[None]]) for row in rows]
-    scale = _scale(tile, n, block, columns, *scales)
+    scale = _scale(tile, n, at, columns, *scales)
     inputs = (triton.load(x.at[2 * first + j]) for j in range(4))
     unit, inputs = nibbles.split([each.astype(jnp.float32) for each in inputs])
     inputs = [jnp.broadcast_to(word[:, None], shape) for word in inputs]
@@ -110,12 +113,12 @@ def _several(tile, own, part, layer, x, codes, *rest):
   tokens = jnp.arange(MOST)[:, None]
 
   def step(k, sums):
-    block = part * tile.each + k
-    rows = pl.ds(block * tile.half, tile.half)
+    at = part * tile.each + k
+    rows = pl.ds(at * tile.half, tile.half)
     packed = triton.load(
       codes.at[n, rows, pl.ds(own * tile.columns, tile.columns)]
     )
-    scale = _scale(tile, n, block, columns, *scales)
+    scale = _scale(tile, n, at, columns, *scales)
     within = jnp.zeros(sums.shape, jnp.float32)
     for k, level in enumerate(nibbles.levels(packed, table, x.dtype)):
       left = triton.load(x.at[pl.ds(k, 1), pl.ds(0, MOST), rows])[0]
@@ -128,14 +131,16 @@ def _several(tile, own, part, layer, x, codes, *rest):
   triton.store(out.at[part, tokens, columns[None]], sums, mask=there)
 
 
-def _scale(tile, n, block, columns, absmax, nested, offset, table):
-  """`nf4.absmax` of one block in some columns, f32 [columns]."""
+def _scale(tile, n, at, columns, absmax, nested, offset, table):
+  """`nf4.absmax` of one step in some columns, f32 [columns]."""
+  block = at // tile.block
   scale = triton.load(absmax.at[n, block, columns])
   if absmax.dtype == jnp.float32:
     return scale
   unit = triton.load(table.at[scale.astype(jnp.int32)])
-  outer = columns * tile.blocks + block >> nf4.NESTED_BLOCK.bit_length() - 1
-  outer = triton.load(nested.at[n, outer])
+  # (Shifts, where a division would ask for signs.)
+  outer = columns * (tile.steps // tile.block) + block
+  outer = triton.load(nested.at[n, outer >> nf4.NESTED_BLOCK.bit_length() - 1])
   return jnp.minimum(unit * outer, outer) + triton.load(offset.at[n])
 
 

@@ -9,7 +9,7 @@ and of upper bytes, hold numbers of 16 bits.
 For several tokens these are the levels in the tokens' dtype, and go to tensor
 cores. For one token they are fixed-point numbers, and another instruction,
 `dp4a`, sums up four products of signed bytes. With h and l for upper and lower
-bytes, each input x brought to the unit of its block's largest,
+bytes, inputs x in the unit of the largest among them,
 
   w x = (256 wh + wl) (256 xh + xl)
       = 256 (256 wh xh + wh xl + wl xh) + wl xl
@@ -83,7 +83,7 @@ def levels(
 def split(
   fours: list[jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  """A block's inputs in fixed point: (unit, (upper bytes, lower bytes)).
+  """Some inputs in fixed point: (their unit, (upper bytes, lower bytes)).
 
   What `dot` makes of the bytes, times the unit, is a sum of levels times
   inputs; NaN if one of these is not finite.
@@ -110,6 +110,8 @@ def dot(
   inputs: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
   """Levels times four inputs, in fixed point, i32 [n, C].
+
+  The sum of 128 of them fits 32 bits.
 
   Args:
     packed: two u8 [n, C], bytes of rows 2 k and of rows 2 k + 1.

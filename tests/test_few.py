@@ -65,9 +65,10 @@ def relative(got: jax.Array, exact: jax.Array) -> float:
     (1, False, 64),
     (1, True, 64),
     (1, True, 32),
+    (1, True, 512),
     (2, True, 64),
     (16, False, 64),
-    (16, True, 128),
+    (16, True, 256),
   ],
 )
 def test_a_product_is_that_with_the_dequantized_weight(
@@ -256,6 +257,7 @@ def test_a_dot_product_is_that_of_fixed_point(interpreted):
 def test_what_is_not_finite_is_not_lost(interpreted, bad):
   q, x = packed(True), inputs(1).at[0, 77].set(bad)
   assert not np.isfinite(few.product(x, q.replace(layer=jnp.int32(1)))).any()
+  # (Zeros, and the largest of all levels and inputs.)
   zero = few.product(0 * inputs(1), q.replace(layer=jnp.int32(1)))
   np.testing.assert_array_equal(zero, 0)
 
