@@ -51,7 +51,8 @@ NORM = 'norm'
 class DoraWeight(flax.struct.PyTreeNode):
   """m * V / ||V|| with V = W + scale * A B, as a leaf of a parameter tree.
 
-  A layer of a stack whose scale is 0 is not adapted: there g = 1.
+  A layer of a stack whose scale is 0 is not adapted: there g = 1. A base may be
+  told its layer, see LoraWeight.
 
   Attributes:
     base: W [..., I, O], frozen; any leaf that `linear` takes.
@@ -143,11 +144,19 @@ def norm(
   return root(hold(squared))
 
 
-def gain(w: DoraWeight, norm: jax.Array) -> jax.Array:
-  """g = m / ||V||, [..., O]; 0 where V is zero, 1 where scale is 0."""
+def gain(
+  magnitude: jax.Array, norm: jax.Array, scale: jax.Array | float
+) -> jax.Array:
+  """g = m / ||V||, [..., O]; 0 where V is zero, 1 where scale is 0.
+
+  Args:
+    magnitude: m [..., O].
+    norm: ||V|| [..., O].
+    scale: s [...].
+  """
   alive = norm > 0
-  g = jnp.where(alive, w.magnitude / jnp.where(alive, norm, 1), 0)
-  adapted = jnp.asarray(w.scale)[..., None] != 0
+  g = jnp.where(alive, magnitude / jnp.where(alive, norm, 1), 0)
+  adapted = jnp.asarray(scale)[..., None] != 0
   return jnp.where(adapted, g, 1)
 
 
@@ -183,12 +192,14 @@ def apply(
     rows = norm_rows(w)
     atw = products(*rows)[0] if rows else None
     b = None if w.lora_b is None else w.scale * w.lora_b
-    return joined(x, x, w.lora_a, b, gain(w, _length(w, atw, dense)))
+    g = gain(w.magnitude, _length(w, atw, dense), w.scale)
+    return joined(x, x, w.lora_a, b, g)
   rows = (x,) if dropped is x else (x, dropped)
   outs = products(*rows, *norm_rows(w))
   turned = outs[len(rows) - 1]
   atw = outs[-1] if norm_rows(w) else None
-  g = jnp.broadcast_to(gain(w, _length(w, atw, dense)), turned.shape)
+  g = gain(w.magnitude, _length(w, atw, dense), w.scale)
+  g = jnp.broadcast_to(g, turned.shape)
   if w.lora_a is not None:
     turned += lora.correction(dropped, w)
   turned = checkpoint_name(turned, name)
@@ -215,5 +226,5 @@ def merge(w: DoraWeight, base_IxO: jax.Array) -> jax.Array:
   v = base_IxO.astype(jnp.float32)
   if w.lora_a is not None:
     v += lora.delta(w)
-  g = gain(w, root(squared_norm(v)))
+  g = gain(w.magnitude, root(squared_norm(v)), w.scale)
   return (g[..., None, :] * v).astype(base_IxO.dtype)

@@ -163,7 +163,7 @@ def fold(base: Tree, adapter: Tree) -> tuple[Tree, Tree]:
     if paths.flatten(adapter)[path].magnitude is None:
       flat[path], plain[path] = w.base, node
       continue
-    gain = dora.gain(w, w.norm)
+    gain = dora.gain(w.magnitude, w.norm, w.scale)
     below = int(jnp.sum(gain < 0))
     if below:
       negative.append(f'{below} of {path}')

@@ -13,8 +13,8 @@ processors, was the longest but one.
 
 All layers of a model are one array, and a kernel that is given a slice of it
 has XLA copy the slice. So it is given the whole, and a layer's number
-(`NF4Array.layer`) - or the slice after all, where Triton's offsets, of 32 bits
-with a sign, do not reach.
+(`NF4Array.layer`) - or the slice after all, beyond 2^31 bytes: offsets have 32
+bits with a sign (64, which Pallas takes beyond 2^32 bytes, are not measured).
 
 It is written in Pallas and compiled by Triton (compute capability 8.0 or more).
 JAX means to remove that back end. Where it is gone, where the GPU is older or
@@ -39,8 +39,12 @@ except ImportError:  # pragma: no cover
   pl = triton = None
 
 # For one token and for several: columns of a tile, warps of a program, and
-# steps of its part of the in axis, at most (experiments/LOG.md).
-ONE, SEVERAL = (128, 1, 1), (64, 1, 4)
+# steps of its part of the in axis, at most (experiments/LOG.md). For one token
+# four columns of a row have to meet in a thread: 128 of a warp's do.
+ONE, SEVERAL = (128, 1), (64, 1, 4)
+# Of an adapter that goes through the kernels, at most: for more, registers and
+# caches are too few (16 is measured).
+RANK = 128
 # Inputs of a step, at most.
 STEP = 64
 # Bytes that an offset reaches.
@@ -154,7 +158,7 @@ def _parts(
   if q.nested is None:
     table = jnp.zeros(1, jnp.float32)
     q = q.replace(nested=table[None], offset=table)
-  columns, warps, most = ONE if tokens == 1 else SEVERAL
+  columns, warps, most = SEVERAL if tokens > 1 else (*ONE, 1)
   shape, dtype, x = (o,), None, x_MxI[0]
   if tokens > 1:
     shape, dtype = (tokens, o), x.dtype

@@ -7,8 +7,8 @@ is an A.
 `finish` then adds up, in some columns, what is there, brings B and DoRA's gain
 in and rounds once.
 
-Names: n is a layer's number, `own` and `part` say which program this is: of the
-tiles, and of the in axis.
+Names: n is a layer's number; `place` and `part` say which program this is: of
+the tiles, and of the in axis.
 """
 
 import functools
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from qdora_jax import dora, nf4, nibbles
-from qdora_jax.dora import DoraWeight
 
 try:
   from jax.experimental import pallas as pl
@@ -30,6 +29,8 @@ except ImportError:  # pragma: no cover
 MOST = 16
 # Columns that a program finishes, and parts that it reads at once.
 FINISHED, AT_ONCE = 64, 64
+# Numbers of A that a program reads at once.
+LOWERED = 1024
 
 
 class Tile(NamedTuple):
@@ -41,7 +42,7 @@ class Tile(NamedTuple):
     columns: of a tile.
     tiles: beside each other.
     steps: of the whole in axis.
-    each: of a program's part of it.
+    each: of a program's part of it; one for one token.
     block: steps of a block.
     rank: of A; 0: none.
   """
@@ -63,51 +64,47 @@ def multiply(tile, layer, x, codes, *rest):
   words of nibbles.py, for x A its layer [1] and A, the results. x is [I] for
   one token, and [2, MOST, I/2] for several: even inputs, and odd ones.
   """
-  own, part = pl.program_id(0), pl.program_id(1)
+  place, part = pl.program_id(0), pl.program_id(1)
   weigh = functools.partial(_one if tile.tokens == 1 else _several, tile)
   if not tile.rank:
-    weigh(own, part, layer, x, codes, *rest)
+    weigh(place, part, layer, x, codes, *rest)
     return
   *given, number, a, out, low = rest
 
-  @pl.when(own < tile.tiles)
+  @pl.when(place < tile.tiles)
   def _():
-    weigh(own, part, layer, x, codes, *given, out)
+    weigh(place, part, layer, x, codes, *given, out)
 
-  @pl.when(own == tile.tiles)
+  @pl.when(place == tile.tiles)
   def _():
     _lower(tile, part, number, x, a, low)
 
 
-def _one(tile, own, part, layer, x, codes, *rest):
-  """Of one token, summed in fixed point within a step."""
+def _one(tile, place, part, layer, x, codes, *rest):
+  """One step of one token, in fixed point."""
   *scales, words, out = rest
-  n, columns = layer[0], own * tile.columns + jnp.arange(tile.columns)
-  fours = jnp.arange(tile.half // 2)
-  shape = len(fours), tile.columns
+  n, columns = layer[0], place * tile.columns + jnp.arange(tile.columns)
+  first = part * tile.half + 2 * jnp.arange(tile.half // 2)
+  shape = len(first), tile.columns
   table = [jnp.broadcast_to(words[k], shape) for k in range(8)]
-
-  def step(k, sums):
-    at = part * tile.each + k
-    first = at * tile.half + 2 * fours
-    rows = (row[:, None] for row in (first, first + 1))
-    packed = [triton.load(codes.at[n, row, columns[None]]) for row in rows]
-    scale = _scale(tile, n, at, columns, *scales)
-    inputs = (triton.load(x.at[2 * first + j]) for j in range(4))
-    unit, inputs = nibbles.split([each.astype(jnp.float32) for each in inputs])
-    inputs = [jnp.broadcast_to(word[:, None], shape) for word in inputs]
-    whole = jnp.sum(nibbles.dot(packed, table, inputs), axis=0)
-    return sums + whole.astype(jnp.float32) * (scale * unit)
-
-  sums = jnp.zeros(tile.columns, jnp.float32)
-  sums = jax.lax.fori_loop(0, tile.each, step, sums)
-  triton.store(out.at[part, columns], sums)
+  packed = [
+    triton.load(codes.at[n, rows[:, None], columns[None]])
+    for rows in (first, first + 1)
+  ]
+  scale = _scale(tile, n, part, columns, *scales)
+  fours = [triton.load(x.at[2 * first + k]) for k in range(4)]
+  unit, inputs = nibbles.split([four.astype(jnp.float32) for four in fours])
+  inputs = [jnp.broadcast_to(word[:, None], shape) for word in inputs]
+  whole = jnp.sum(nibbles.dot(packed, table, inputs), axis=0)
+  triton.store(
+    out.at[part, columns], whole.astype(jnp.float32) * (scale * unit)
+  )
 
 
-def _several(tile, own, part, layer, x, codes, *rest):
+def _several(tile, place, part, layer, x, codes, *rest):
   """Of several: levels in x's dtype go to tensor cores, scales to sums."""
   *scales, words, out = rest
-  n, columns = layer[0], own * tile.columns + jnp.arange(tile.columns)
+  n, columns = layer[0], place * tile.columns + jnp.arange(tile.columns)
   shape = tile.half, tile.columns
   table = [jnp.broadcast_to(words[k], shape) for k in range(8)]
   tokens = jnp.arange(MOST)[:, None]
@@ -116,19 +113,19 @@ def _several(tile, own, part, layer, x, codes, *rest):
     at = part * tile.each + k
     rows = pl.ds(at * tile.half, tile.half)
     packed = triton.load(
-      codes.at[n, rows, pl.ds(own * tile.columns, tile.columns)]
+      codes.at[n, rows, pl.ds(place * tile.columns, tile.columns)]
     )
     scale = _scale(tile, n, at, columns, *scales)
     within = jnp.zeros(sums.shape, jnp.float32)
-    for k, level in enumerate(nibbles.levels(packed, table, x.dtype)):
-      left = triton.load(x.at[pl.ds(k, 1), pl.ds(0, MOST), rows])[0]
+    for odd, level in enumerate(nibbles.levels(packed, table, x.dtype)):
+      left = triton.load(x.at[pl.ds(odd, 1), pl.ds(0, MOST), rows])[0]
       within += jnp.dot(left, level, preferred_element_type=jnp.float32)
     return sums + within * scale[None]
 
   sums = jnp.zeros((MOST, tile.columns), jnp.float32)
   sums = jax.lax.fori_loop(0, tile.each, step, sums)
-  there = jnp.broadcast_to(tokens < tile.tokens, sums.shape)
-  triton.store(out.at[part, tokens, columns[None]], sums, mask=there)
+  asked = jnp.broadcast_to(tokens < tile.tokens, sums.shape)
+  triton.store(out.at[part, tokens, columns[None]], sums, mask=asked)
 
 
 def _scale(tile, n, at, columns, absmax, nested, offset, table):
@@ -138,26 +135,27 @@ def _scale(tile, n, at, columns, absmax, nested, offset, table):
   if absmax.dtype == jnp.float32:
     return scale
   unit = triton.load(table.at[scale.astype(jnp.int32)])
-  # (Shifts, where a division would ask for signs.)
+  # (A shift, where dividing each would ask for signs.)
   outer = columns * (tile.steps // tile.block) + block
   outer = triton.load(nested.at[n, outer >> nf4.NESTED_BLOCK.bit_length() - 1])
   return jnp.minimum(unit * outer, outer) + triton.load(offset.at[n])
 
 
 def _lower(tile, part, number, x, a, low):
-  """x A of one token, in the same part of the in axis."""
-  size, n = 2 * tile.half, number[0]
-  ranks = _numbers(tile.rank)
-  there = jnp.minimum(ranks, tile.rank - 1)[None]
+  """x A of one token, in the same step."""
+  n, ranks = number[0], _numbers(tile.rank)
+  known = jnp.minimum(ranks, tile.rank - 1)[None]
+  # As many rows at once as registers are for.
+  count = min(2 * tile.half, max(1, LOWERED // len(ranks)))
 
-  def step(k, sums):
-    rows = (part * tile.each + k) * size + jnp.arange(size)
-    thin = triton.load(a.at[n, rows[:, None], there]).astype(jnp.float32)
-    each = triton.load(x.at[rows]).astype(jnp.float32)
-    return sums + jnp.sum(each[:, None] * thin, axis=0)
+  def rows(k, sums):
+    at = part * 2 * tile.half + k * count + jnp.arange(count)
+    thin = triton.load(a.at[n, at[:, None], known]).astype(jnp.float32)
+    inputs = triton.load(x.at[at]).astype(jnp.float32)
+    return sums + jnp.sum(inputs[:, None] * thin, axis=0)
 
   sums = jnp.zeros(ranks.shape, jnp.float32)
-  sums = jax.lax.fori_loop(0, tile.each, step, sums)
+  sums = jax.lax.fori_loop(0, 2 * tile.half // count, rows, sums)
   triton.store(low.at[part, ranks], sums)
 
 
@@ -189,7 +187,7 @@ def finish(names, rank, layer, parts, lows, *rest):
     m, norm = (
       triton.load(thin[name].at[n, columns]) for name in ('magnitude', 'norm')
     )
-    y *= dora.gain(DoraWeight(None, None, None, m, scale), norm)
+    y *= dora.gain(m, norm, scale)
   triton.store(out.at[columns], y.astype(out.dtype))
 
 

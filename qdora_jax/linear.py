@@ -80,6 +80,7 @@ def _adapted(x: jax.Array, w: LoraWeight | DoraWeight, name: str) -> jax.Array:
 
 def norm(w: DoraWeight) -> jax.Array:
   """||V|| of one layer's DoraWeight at its present A and B, f32 [O]."""
+  w = lora.own(w)
   products, dense = _readers(w.base, jnp.float32)
   rows = dora.norm_rows(w)
   return dora.norm(w, products(*rows)[0] if rows else None, dense)
@@ -142,6 +143,7 @@ def materialize(w: Any, dtype: jnp.dtype | None = None) -> jax.Array:
     dtype: of the result; the base's own if None.
   """
   if isinstance(w, LoraWeight | DoraWeight):
+    w = lora.own(w)
     room = dora if isinstance(w, DoraWeight) else lora
     whole = room.merge(w, materialize(w.base, jnp.float32))
     return whole.astype(dtype or w.base.dtype)
@@ -232,6 +234,7 @@ def _all_at_once(x: jax.Array, w: LoraWeight | DoraWeight) -> bool:
     and isinstance(w.base, NF4Array)
     and few.fits(x, w.base)
     and w.lora_a is not None
+    and 0 < w.lora_a.shape[-1] <= few.RANK
     and w.dropout_key is None
     and not (isinstance(w, DoraWeight) and w.norm is None)
   )

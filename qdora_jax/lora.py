@@ -34,6 +34,9 @@ LOW, PRODUCT, LAST = 'low', 'product', 'last'
 class LoraWeight(flax.struct.PyTreeNode):
   """W + scale * A B, as a leaf of a parameter tree.
 
+  Where the base is told its layer, all other arrays, too, are those of many
+  layers, with a leading axis that shape does not show; `own` cuts its own out.
+
   Attributes:
     base: W [..., I, O], frozen; any leaf that `linear` takes.
     lora_a: A [..., I, R].
@@ -87,10 +90,7 @@ def init(
 
 
 def own(w: Any) -> Any:
-  """w with its own layer's arrays alone, where its base is told a layer.
-
-  (See NF4Array; the base itself stays as it is.)
-  """
+  """w with its own layer's arrays alone; the base stays as it is."""
   n = getattr(w.base, 'layer', None)
   if n is None:
     return w

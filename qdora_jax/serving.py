@@ -81,7 +81,7 @@ def _several(
       node, w = pair
       scale = w.scale
       if node.magnitude is not None:
-        gain = dora.gain(w, w.norm)
+        gain = dora.gain(w.magnitude, w.norm, w.scale)
       if w.lora_a is not None:
         r = w.lora_a.shape[-1]
         a = a.at[..., :r].set(w.lora_a)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,27 @@ def test_a_report_draws(tmp_path, monkeypatch, capsys):
   assert picture.startswith(b'\x89PNG') and len(picture) > 5000
 
 
+def test_a_gpu_is_busy_for_what_its_streams_say(monkeypatch, tmp_path):
+  def planes(*names):
+    event = types.SimpleNamespace(duration_ns=2e6)
+    lines = [
+      types.SimpleNamespace(name=name, events=[event, event])
+      for name in ('Stream #1(Compute)', 'XLA Ops')
+    ]
+    made = [types.SimpleNamespace(name=name, lines=lines) for name in names]
+    data = types.SimpleNamespace(planes=made)
+    monkeypatch.setattr(
+      result.jax.profiler.ProfileData, 'from_file', lambda path: data
+    )
+
+  calls = []
+  planes('/host:CPU', '/device:GPU:0')
+  assert result.busy(lambda: calls.append(1)) == 4e-3
+  assert len(calls) == 2  # The first compiles.
+  planes('/host:CPU')
+  assert result.busy(lambda: None) is None
+
+
 def test_what_decides_on_a_kernel():
   def row(shape, work, by, of_copy):
     of_copy = result.spread([of_copy])
@@ -169,6 +191,10 @@ def test_what_decides_on_a_kernel():
   assert enough.startswith('dequantize, 128 x 128: 0.85 of copy bandwidth')
   assert enough.endswith('XLA is enough.')
   assert '0.55' in kernel and kernel.endswith('a kernel may pay.')
+  # Where a GPU's time is known, that.
+  nf4 = tiny.script('benchmarks/nf4.py')
+  rows[1] |= {nf4.OF: result.spread([0.7])}
+  assert '0.70' in nf4.verdict(rows)[0]
 
 
 def run(script: str, *flags: str, **environment: str):

@@ -21,7 +21,7 @@ from qdora_jax import (
   nibbles,
   quantize,
 )
-from qdora_jax.linear import in_place
+from qdora_jax.linear import in_place, materialize, norm
 from qdora_jax.lora import LoraWeight
 from qdora_jax.model import Decoder, init_cache
 
@@ -149,19 +149,65 @@ def test_a_slice_is_cut_out_where_offsets_do_not_reach(interpreted):
   assert max(operands(60)) == 60 * 8192 * 4096
 
 
+def thin(rank: int, layers: int = N, o: int = O) -> dict[str, jax.Array]:
+  """What DoRA has beside A, of several layers: one of them is not adapted."""
+  keys = jax.random.split(jax.random.key(5), 3)
+  norm = 1 + jax.random.uniform(keys[2], (layers, o))
+  return {
+    'lora_b': 0.1 * jax.random.normal(keys[0], (layers, rank, o)),
+    'scale': jnp.linspace(0, 1, layers),
+    'magnitude': 1 + jax.random.uniform(keys[1], (layers, o)),
+    'norm': norm.at[:, 3].set(0),
+  }
+
+
+@pytest.mark.parametrize('call', ['product', 'several', 'adapted'])
 @pytest.mark.parametrize('double', [False, True])
-@pytest.mark.parametrize('tokens', [1, 16])
-def test_it_is_lowered_for_a_gpu_that_is_not_here(tokens, double):
+def test_it_is_lowered_for_a_gpu_that_is_not_here(call, double):
   """To Triton, with the look-up in it: what does not hold there is found."""
   h100 = jax.sharding.AbstractDevice('NVIDIA H100', None, platform='cuda')
   auto = (jax.sharding.AxisType.Auto,)
   mesh = jax.sharding.AbstractMesh((1,), ('x',), auto, abstract_device=h100)
-  q, x = packed(double).replace(layer=jnp.int32(1)), inputs(tokens)
+  q = packed(double).replace(layer=jnp.int32(1))
+  x, f, also = inputs(16 if call == 'several' else 1), few.product, ()
+  if call == 'adapted':
+    f, also = few.adapted, (jnp.ones((N, I, 12)), thin(12))
   with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
     warnings.filterwarnings('ignore', '.*Triton backend is deprecated.*')
-    traced = jax.jit(few.product).trace(x, q)
+    traced = jax.jit(f).trace(x, q, *also)
     program = traced.lower(lowering_platforms=('cuda',)).as_text()
   assert '__gpu$xla.gpu.triton' in program and 'prmt.b32' in program
+  assert ('nf4_finish' in program) == (call == 'adapted')
+
+
+@pytest.mark.parametrize('layer', [0, 2])
+def test_many_parts_are_added_up_of_the_right_layer(interpreted, layer):
+  """65 of them, where a program takes 64 at once."""
+  i, o, rank = 64 * 65, 128, 12
+  w = 0.02 * jax.random.normal(jax.random.key(0), (N, i, o))
+  q = nf4.quantize(w, 64)
+  a = 0.02 * jax.random.normal(jax.random.key(2), (N, i, rank))
+  x = jax.random.normal(jax.random.key(1), (1, i), jnp.bfloat16)
+  more = thin(rank, N, o)
+  got = few.adapted(x, q.replace(layer=jnp.int32(layer)), a, more)
+  own = {name: array[layer] for name, array in more.items()}
+  exact = x.astype(jnp.float32)
+  exact = exact @ nf4.dequantize(q)[layer] + own['scale'] * (
+    (exact @ a[layer]) @ own['lora_b']
+  )
+  if own['scale'] != 0:
+    dead = own['norm'] == 0
+    gain = own['magnitude'] / jnp.where(dead, 1, own['norm'])
+    exact *= jnp.where(dead, 0, gain)[None]
+  assert relative(got.astype(jnp.float32), exact) < 4e-3
+  assert (got[0, 3] == 0) == (layer > 0)
+
+
+def test_the_largest_sums_fit(interpreted):
+  """In blocks of any size: levels and inputs that are all the largest."""
+  q = nf4.quantize(jnp.full((4096, 128), 0.02), 4096)
+  got = few.product(jnp.ones((1, 4096), jnp.bfloat16), q)
+  np.testing.assert_allclose(got, 0.02 * 4096, rtol=1e-4)
 
 
 def prmt(a: int, b: int, selector: int) -> int:
@@ -257,7 +303,6 @@ def test_a_dot_product_is_that_of_fixed_point(interpreted):
 def test_what_is_not_finite_is_not_lost(interpreted, bad):
   q, x = packed(True), inputs(1).at[0, 77].set(bad)
   assert not np.isfinite(few.product(x, q.replace(layer=jnp.int32(1)))).any()
-  # (Zeros, and the largest of all levels and inputs.)
   zero = few.product(0 * inputs(1), q.replace(layer=jnp.int32(1)))
   np.testing.assert_array_equal(zero, 0)
 
@@ -282,11 +327,25 @@ def test_a_token_goes_through_base_and_adapter_at_once(
   assert got.dtype == jnp.bfloat16
   assert relative(got, exact) < 4e-3
 
-  def total(x):
+  def total(x, w):
     return jnp.sum(jnp.sin(linear(x, w).astype(jnp.float32)))
 
-  slope = jax.grad(total)(x)
-  assert relative(slope, jax.grad(total)(x.astype(jnp.float32))) < 1e-2
+  def slopes(x):
+    found = jax.grad(total, (0, 1), allow_int=True)(x, w)
+    trained = ('lora_a', 'lora_b', 'magnitude')
+    names = [name for name in trained if hasattr(w, name)]
+    return [found[0], *(getattr(found[1], name) for name in names)]
+
+  both = zip(slopes(x), slopes(x.astype(jnp.float32)), strict=True)
+  assert all(relative(got, exact) < 2e-2 for got, exact in both)
+
+
+@pytest.mark.parametrize('rank', [0, few.RANK + 1])
+def test_other_ranks_go_another_way(interpreted, rank):
+  q = jax.tree.map(lambda a: a[2], packed(True))
+  w = LoraWeight(q, jnp.ones((I, rank)), jnp.ones((rank, O)), 0.01)
+  exact = linear(inputs(1).astype(jnp.float32), w)
+  assert relative(linear(inputs(1), w), exact) < 6e-3
 
 
 @pytest.mark.parametrize(
@@ -336,12 +395,17 @@ def test_decoding_in_place_is_decoding_in_slices(monkeypatch, batch, method):
     assert relative(b.astype(jnp.float32), a.astype(jnp.float32)) < 0.02
 
 
-def test_a_layer_in_place_is_a_layer():
+@pytest.mark.parametrize('method', ['lora', 'dora'])
+def test_a_layer_in_place_is_a_layer(method):
   _, base, _ = tiny.loaded(quant=QuantSpec())
-  adapter = init_adapter(jax.random.key(0), base, AdapterSpec('lora', rank=2))
+  spec = AdapterSpec(method, rank=2, init='orthogonal')
+  adapter = init_adapter(jax.random.key(0), base, spec)
   layers = attach(base, adapter)['layers']
   kernel = in_place(layers, jnp.int32(1))['mlp']['up']['kernel']
   cut = jax.tree.map(lambda a: a[1], layers)['mlp']['up']['kernel']
   assert kernel.shape == cut.shape == kernel.base.shape
   x = jax.random.normal(jax.random.key(1), (3, cut.shape[0]))
   np.testing.assert_array_equal(linear(x, kernel), linear(x, cut))
+  np.testing.assert_array_equal(materialize(kernel), materialize(cut))
+  if method == 'dora':
+    np.testing.assert_array_equal(norm(kernel), norm(cut))

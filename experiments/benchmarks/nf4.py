@@ -207,7 +207,7 @@ def measure(
   if theirs:
     copies['torch'] = Way(theirs.copy, number, 2 * whole)
   rows = []
-  busy = {}
+  taken = {}
 
   def add(work: str, ways: dict[str, Way]) -> None:
     every = copies | ways
@@ -220,8 +220,8 @@ def measure(
     }
     copy = min((seconds[name] for name in copies), key=np.median)
     if gpu:
-      new = every if not busy else ways
-      busy.update({n: result.busy(way.call) for n, way in new.items()})
+      new = ways if taken else every
+      taken.update({n: result.busy(way.call) for n, way in new.items()})
     for name in ways if rows else every:
       times, moved = seconds[name], every[name].moved
       row = {
@@ -237,12 +237,13 @@ def measure(
         row['GB/s'] = result.spread([moved / t for t in times], 1e-9)
         row['of copy'] = result.ratio(copy, times, moved / (2 * whole))
       if gpu:
-        taken = busy[name] and busy[name] / every[name].weights
-        row[MS] = taken and result.spread([taken], 1e3)
+        own, best = taken[name], taken['JAX']
+        own = own and own / every[name].weights
+        row[MS] = own and result.spread([own], 1e3)
         row[OF] = None
-        if taken and moved:
-          least = busy['JAX'] / number * moved / (2 * whole)
-          row[OF] = result.ratio([least], [taken])
+        if own and best and moved:
+          least = best / number * moved / (2 * whole)
+          row[OF] = result.ratio([least], [own])
       if theirs and name in ('ours', 'ours, host'):
         beside = result.ratio(seconds['bitsandbytes'], times)
         row['times as fast as bitsandbytes'] = beside
