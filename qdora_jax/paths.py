@@ -98,11 +98,10 @@ def nothing_matches(
   """The error for a rule that matches no parameter, naming near ones."""
   have = [names(path, leaf)[0] for path, leaf in flatten(tree).items()]
   partial = [n for n in have if re.search(pattern, n)]
-  hint = (
-    f" It matches a part of {partial[0]!r}: try '.*{pattern}.*'."
-    if partial
-    else ''
-  )
+  hint = ''
+  if partial:
+    whole = f'.*{pattern.removeprefix(".*").removesuffix(".*")}.*'
+    hint = f' It matches a part of {partial[0]!r}: try {whole!r}.'
   return ValueError(
     f'{rule} {pattern!r} matches no parameter. Rules match whole names such as '
     f'{", ".join(map(repr, near(pattern, have)))}.{hint}'

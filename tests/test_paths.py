@@ -1,5 +1,7 @@
 """Names, rules, and the errors of rules."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,8 @@ def test_a_rule_that_matches_nothing_says_what_is_near():
   with pytest.raises(ValueError, match='layers/0/mlp/up/kernel') as error:
     paths.select(TREE, 'up/kernel')
   assert "try '.*up/kernel.*'" in str(error.value)
+  with pytest.raises(ValueError, match=re.escape("try '.*/up.*'")):
+    paths.select(TREE, '.*/up')
   with pytest.raises(ValueError, match='matches no parameter'):
     paths.select(TREE, 'q_proj')
   with pytest.raises(ValueError, match='not a regular expression'):
