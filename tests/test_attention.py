@@ -407,7 +407,7 @@ def test_nothing_of_it_travels(sizes):
 @pytest.mark.parametrize(
   'remat',
   [
-    'dots',
+    pytest.param('dots', marks=pytest.mark.slow),
     pytest.param('none', marks=tiny.AGAIN),
     pytest.param('block', marks=tiny.AGAIN),
     pytest.param('offload', marks=pytest.mark.slow),

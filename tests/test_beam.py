@@ -23,7 +23,13 @@ from qdora_jax.serving import attach_several
 COUNT = 6
 
 
-@pytest.mark.parametrize('name', ['different lengths', 'a shared beginning'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param('different lengths', marks=pytest.mark.slow),
+    'a shared beginning',
+  ],
+)
 def test_one_beam_is_greedy(name):
   batch = PROMPTS[name]
   model, params, _ = tiny.loaded(tied=False)
@@ -65,6 +71,7 @@ def test_as_many_beams_as_words_find_the_likeliest_pair(stops, length_penalty):
   assert got == [best]
 
 
+@pytest.mark.slow
 def test_a_row_says_in_a_batch_what_it_says_alone():
   """Padded on the left, on four bits with an adapter."""
   model, params, _ = tiny.loaded(tied=False)
@@ -80,6 +87,7 @@ def test_a_row_says_in_a_batch_what_it_says_alone():
   assert got != generate(model, params, batch, COUNT, stop=options['stop'])
 
 
+@pytest.mark.slow
 def test_one_new_token_and_sixteen_bits():
   """Of one token the likeliest is greedy's; bfloat16 is no other search."""
   model, params, _ = tiny.loaded(tied=False)

@@ -70,6 +70,7 @@ def test_a_benchmark_of_the_config_is_taken_after_training(workdir):
   assert len(found['samples']) == 3
 
 
+@pytest.mark.slow
 def test_evaluating_on_a_source(workdir, tmp_path, capsys, monkeypatch):
   workdir = shutil.copytree(workdir, tmp_path / 'run')
   source = f'gsm8k:{workdir.parent / "t.jsonl"}'
@@ -236,6 +237,7 @@ def test_fastchats_own_questions():
     assert asked == heats
 
 
+@pytest.mark.slow
 def test_answers_in_fastchats_form(tmp_path):
   path, out = tmp_path / 'questions.jsonl', tmp_path / 'deep' / 'answers.jsonl'
   questions = [

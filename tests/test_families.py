@@ -383,7 +383,7 @@ def test_a_window_hides_what_lies_before_it(tmp_path):
 @pytest.mark.parametrize(
   'name',
   [
-    'phi3_long',
+    pytest.param('phi3_long', marks=pytest.mark.slow),
     pytest.param('phi3', marks=tiny.AGAIN),
     pytest.param('gemma3', marks=pytest.mark.slow),
   ],

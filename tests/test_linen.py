@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from flax import nnx
 from tiny import quick_compiles, relative  # noqa: F401
 
@@ -101,8 +102,9 @@ def moved(adapter):
 
 @pytest.mark.parametrize(
   'method, quant',
-  [pytest.param('lora', False, marks=pytest.mark.slow), ('dora', True)],
+  [pytest.param('lora', False, marks=tiny.AGAIN), ('dora', True)],
 )
+@pytest.mark.slow
 def test_merged_is_attached(vit, method, quant):
   model, params, images, layout = vit
   base = layout.kernels(params)

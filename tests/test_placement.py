@@ -42,7 +42,11 @@ def test_a_base_is_the_same_on_every_mesh(tmp_path, stored, sizes):
 
 
 @pytest.mark.parametrize(
-  'init', [pytest.param('pissa', marks=pytest.mark.slow), 'loftq']
+  'init',
+  [
+    pytest.param('pissa', marks=tiny.AGAIN),
+    pytest.param('loftq', marks=pytest.mark.slow),
+  ],
 )
 def test_adapters_taken_out_of_the_weights_are_the_same_on_a_mesh(
   tmp_path, init

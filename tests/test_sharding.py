@@ -154,6 +154,7 @@ def test_sharded_equals_single_device(method, sizes):
   assert split or sizes == (8, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_packed_head_and_its_adapter(monkeypatch):
   """Of which every device sums up, over chunks, what its own rows give."""
   monkeypatch.setattr(loss, 'best_chunk', lambda backend: 8)

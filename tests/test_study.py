@@ -113,6 +113,7 @@ def test_runs_without_checkpoints_are_named(tmp_path, monkeypatch, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_of_weights(tmp_path, capsys):
   model = tiny.write(tmp_path / 'model')
   text = tmp_path / 'text.txt'
