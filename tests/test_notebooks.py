@@ -65,8 +65,21 @@ def test_a_notebook_as_it_is_shown(path):
     assert 'Warning' not in text
 
 
+# Of the six, two run longest and show least that others do not.
+LONG = ('03_weight_decomposition', '06_from_hub_to_vllm')
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  'path',
+  [
+    pytest.param(
+      path, marks=[pytest.mark.exhaustive] if path.stem in LONG else []
+    )
+    for path in NOTEBOOKS
+  ],
+  ids=lambda path: path.stem,
+)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
   nbclient = pytest.importorskip('nbclient')
   nbformat = pytest.importorskip('nbformat')

@@ -471,6 +471,7 @@ def test_offloaded_and_paged_bytes_leave_the_device():
   assert plain.memory['activations'] - made.memory['activations'] == waiting
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_what_holding_the_norm_constant_saves():
   """DoRA, section 4.3, from compiled programs: much, or with ours nothing."""

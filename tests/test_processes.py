@@ -297,6 +297,7 @@ def test_when_one_is_killed_the_others_end_and_the_run_resumes(command, whole):
 
 
 @linux
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_signal_to_any_of_them_saves_and_ends_all(command, whole):
   draw = random.Random(1)

@@ -416,6 +416,7 @@ def test_what_a_callback_copies_stays():
   assert 'valid until the next step' in train.fit.__doc__
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_it_runs_without_jit():
   """Under a debugger every number can be looked at; the result is the same."""
