@@ -7,9 +7,9 @@ read (experiments/LOG.md). Here many programs take a tile of codes each, look
 levels up in registers and sum up what they weigh: few_kernels.py, nibbles.py.
 
 Of one token a weight and its adapter are two kernels: one makes what has to be
-summed to be x W and x A, the other sums up and brings B and the gain in. XLA
-would take six, of which the product with A alone, by one of the GPU's 132
-processors, was the longest but one.
+summed to be x W and x A, the other sums up and brings B and the gain in. Around
+a kernel for x W alone XLA made three or four more, one of which wrote x times A
+whole for another to sum on one of the GPU's 132 processors.
 
 All layers of a model are one array, and a kernel that is given a slice of it
 has XLA copy the slice. So it is given the whole, and a layer's number

@@ -3,9 +3,8 @@
 `multiply` weighs a tile of codes, a step of 64 inputs at a time (of a block's,
 if that has fewer). The in axis is split, too: what programs leave has to be
 summed. Beside the tiles stands one more column of programs, for x A, if there
-is an A.
-`finish` then adds up, in some columns, what is there, brings B and DoRA's gain
-in and rounds once.
+is an A. `finish` then adds up, in some columns, what is there, brings B and
+DoRA's gain in and rounds once.
 
 Names: n is a layer's number; `place` and `part` say which program this is: of
 the tiles, and of the in axis.
