@@ -154,10 +154,12 @@ def gain(
     norm: ||V|| [..., O].
     scale: s [...].
   """
-  alive = norm > 0
-  g = jnp.where(alive, magnitude / jnp.where(alive, norm, 1), 0)
   adapted = jnp.asarray(scale)[..., None] != 0
-  return jnp.where(adapted, g, 1)
+  alive = norm > 0
+  # The division comes last: XLA's CPU makes that once, and what else there is
+  # anew for every token.
+  above = jnp.where(adapted, jnp.where(alive, magnitude, 0), 1)
+  return above / jnp.where(adapted & alive, norm, 1)
 
 
 def norm_rows(w: DoraWeight) -> tuple[jax.Array, ...]:
