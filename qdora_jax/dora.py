@@ -194,21 +194,59 @@ def apply(
     rows = norm_rows(w)
     atw = products(*rows)[0] if rows else None
     b = None if w.lora_b is None else w.scale * w.lora_b
-    g = gain(w.magnitude, _length(w, atw, dense), w.scale)
+    g = gain(_never_zero(w.magnitude), _length(w, atw, dense), w.scale)
     return joined(x, x, w.lora_a, b, g)
   rows = (x,) if dropped is x else (x, dropped)
   outs = products(*rows, *norm_rows(w))
   turned = outs[len(rows) - 1]
   atw = outs[-1] if norm_rows(w) else None
-  g = gain(w.magnitude, _length(w, atw, dense), w.scale)
-  g = jnp.broadcast_to(g, turned.shape)
+  g = gain(_never_zero(w.magnitude), _length(w, atw, dense), w.scale)
   if w.lora_a is not None:
     turned += lora.correction(dropped, w)
   turned = checkpoint_name(turned, name)
   if dropped is x:
-    return (g * turned).astype(x.dtype)
+    return _times(g, turned).astype(x.dtype)
   left_out = checkpoint_name(outs[0] - outs[1], lora.PRODUCT)
-  return (left_out + g * turned).astype(x.dtype)
+  return (left_out + _wide(g, turned) * turned).astype(x.dtype)
+
+
+def _never_zero(magnitude: jax.Array) -> jax.Array:
+  """m, but too small to be seen where it is 0: see `_times`."""
+  return magnitude + jax.lax.stop_gradient(
+    jnp.where(magnitude == 0, 2.0**-60, 0)
+  )
+
+
+@jax.custom_vjp
+def _times(g_O: jax.Array, turned: jax.Array) -> jax.Array:
+  """g turned, f32 [..., O].
+
+  Its derivative multiplies what comes back by g, as the products that it goes
+  to want it, and finds g's own gradient of that: sum(g d_y turned) / g. So d_y
+  itself, which automatic differentiation sums, need never be in memory. A g of
+  0 would get none: there V has no length, `_never_zero` sees to that.
+  """
+  return _wide(g_O, turned) * turned
+
+
+def _wide(g_O: jax.Array, like: jax.Array) -> jax.Array:
+  return jnp.broadcast_to(g_O, like.shape)
+
+
+def _times_forward(g_O, turned):
+  return _times(g_O, turned), (g_O, turned)
+
+
+def _times_backward(kept, d_y):
+  g_O, turned = kept
+  d_turned = _wide(g_O, d_y) * d_y
+  along = jnp.sum(d_turned * turned, axis=tuple(range(d_y.ndim - 1)))
+  alive = g_O != 0
+  d_g = jnp.where(alive, along / jnp.where(alive, g_O, 1), 0)
+  return d_g, d_turned
+
+
+_times.defvjp(_times_forward, _times_backward)
 
 
 def _length(

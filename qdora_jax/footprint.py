@@ -122,7 +122,8 @@ def _kept(job: Job) -> tuple[int, int]:
 _WIDE = {
   'full': {'block': (0, 4), 'dots': (0, 3), 'none': (0, 3)},
   'lora': {'block': (2, 6), 'dots': (0, 3), 'none': (0, 3)},
-  'dora': {'block': (4, 8), 'dots': (0, 5), 'none': (0, 6)},
+  'dora': {'block': (2, 5), 'dots': (0, 5), 'none': (0, 6)},
+  'dora with dropout': {'block': (4, 8), 'dots': (0, 5), 'none': (0, 6)},
 }
 # The same where a base and its adapter are one product (joined.py):
 # arrays in the compute dtype, so that plans are within 10% of an H100's peaks.
@@ -164,9 +165,12 @@ def workspace(job: Job) -> int:
   dora = adapted and job.adapter.has_magnitude
   method = 'dora' if dora else 'lora' if adapted else 'full'
   remat = 'block' if job.remat == 'offload' else job.remat
-  f32, narrow = _WIDE[method][remat]
+  dropped = adapted and job.adapter.dropout
+  f32, narrow = _WIDE['dora with dropout' if dora and dropped else method][
+    remat
+  ]
   together = adapted and job.width == 2 and job.backend != 'cpu'
-  if together and not (dora and job.adapter.dropout):
+  if together and not (dora and dropped):
     f32, narrow = 0, _NARROW_WIDE[method][remat]
   stored = job.remat == 'none'
   # With 'dots' and no adapter nothing of attention is asked for before its own
@@ -189,7 +193,7 @@ def workspace(job: Job) -> int:
     # W and V = W + s A B in float32, and V's square.
     unfactored = 3 * kernel * FLOAT
   feed_forward = wide + waiting * scores + dense + unfactored
-  if adapted and job.adapter.dropout:
+  if dropped:
     rest += job.tokens * _inputs(job) * _DROPPED[method][remat]
   trained = share(trees(job).trained, job).values()
   copies = 2 * max(trained) if job.paged else sum(trained)

@@ -16,7 +16,7 @@ is scaled as it is rounded.
 The derivative is written out. A packed weight is all that is kept of W; what
 comes back is rounded to 16 bits once; and g's gradient is found of the output,
 sum(dy y) / g, where automatic differentiation would keep the unscaled product.
-(Where g is 0 that says nothing: such a gain stays. It starts as 1, or as 0
+(Where g is 0 that says nothing, and nothing is to be said: dora.py gives 0 only
 where W has no length, and no gradient either.)
 
 On a CPU XLA multiplies 16 bits as float32 anyway, and laying factors side by

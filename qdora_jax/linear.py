@@ -73,9 +73,15 @@ def _adapted(x: jax.Array, w: LoraWeight | DoraWeight, name: str) -> jax.Array:
   w = lora.own(w)
   products, dense = _readers(w.base, x.dtype)
   both = _joined(x, w.base, name)
+  # All that is made of tokens has one shape: what comes back as [B, L, O] and
+  # goes to products as [B L, O] is made twice by XLA's CPU.
+  plain = both or w.dropout_key is not None
+  rows = x if plain else x.reshape(-1, x.shape[-1])
   if isinstance(w, LoraWeight):
-    return lora.apply(x, w, products, both, name)
-  return dora.apply(x, w, products, dense, both, name)
+    y = lora.apply(rows, w, products, both, name)
+  else:
+    y = dora.apply(rows, w, products, dense, both, name)
+  return y.reshape(*x.shape[:-1], -1)
 
 
 def norm(w: DoraWeight) -> jax.Array:

@@ -183,6 +183,28 @@ def test_zero_output_features_have_no_gain_and_no_gradient(factored, detach):
   assert (jnp.delete(dm, 7) != 0).all()
 
 
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+def test_a_magnitude_of_zero_learns(backend):
+  """Its gradient is not found of what it multiplies, which is zero."""
+  w = with_norm(dora_weight())
+  m = w.magnitude.at[3].set(0)
+  half = backend == 'gpu'
+  x = normal(4, 5, 7, I).astype(jnp.bfloat16 if half else jnp.float32)
+
+  def total(m):
+    with joined.on(backend):
+      y = linear(x, w.replace(magnitude=m))
+    return jnp.sum(y.astype(jnp.float32)), y
+
+  got, y = jax.grad(total, has_aux=True)(m)
+  v = materialize(w.base) + 0.5 * w.lora_a @ w.lora_b
+  exact = jnp.sum(x.astype(jnp.float32) @ v, (0, 1)) / jnp.linalg.norm(
+    v, axis=0
+  )
+  close(got, exact, 2e-2 if half else 1e-5)
+  assert abs(exact[3]) > 0.1 and jnp.abs(y[..., 3]).max() < 1e-15
+
+
 def test_magnitude_alone():
   w = with_norm(dora_weight()).replace(lora_a=None, lora_b=None)
   x = normal(4, 9, I)
