@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import tiny
+from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import (
   AdapterSpec,
@@ -85,6 +86,7 @@ def test_features_without_a_length_do_not_count():
   assert change.direction < 1e-12 and math.isfinite(change.magnitude)
 
 
+@pytest.mark.slow
 def test_any_leaf_is_compared():
   """NF4 with DoRA on it: the change is that of what they stand for."""
   _, params, _ = tiny.loaded()

@@ -387,9 +387,8 @@ def test_without_a_gpu_there_is_no_cudnn():
   assert 'cudnn' not in lowered(128)
 
 
-@pytest.mark.parametrize(
-  'sizes', [(1, 8, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [(1, 8, 1), (2, 2, 2)])
 def test_nothing_of_it_travels(sizes):
   """Rows and heads are split, chunks are not; which pairs is asked once."""
   traffic = tiny.script('benchmarks/traffic.py')

@@ -56,6 +56,7 @@ def workdir(tmp_path_factory):
   return folder / 'run'
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_the_config_is_taken_after_training(workdir):
   (found,) = folder.benchmarks(workdir)
   assert (found['by'], found['total'], found['available']) == ('answers', 5, 6)
@@ -159,6 +160,7 @@ def subject() -> Subject:
   return Subject(*tiny.loaded(), form=PLAIN)
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_single_prompts(tmp_path):
   """In batches of padded prompts, the last of one alone."""
   path = tmp_path / 'rows.jsonl'

@@ -170,6 +170,7 @@ def straddling(name, w):
   return parts
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_reads_in_full(tmp_path, monkeypatch, capsys):
   """Rows of 96 in blocks of 64: no layout of ours holds them packed."""
   config, tensors = weights.tiny_llama(0)

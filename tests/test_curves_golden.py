@@ -8,6 +8,7 @@ import pytest
 import safetensors
 import tiny
 from golden import cases, ours, weights
+from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import QuantSpec, load_pretrained, save_adapter
 

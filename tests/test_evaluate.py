@@ -55,6 +55,7 @@ def test_a_row_without_an_answer_is_named(monkeypatch):
     evaluate.exact_match(None, None, None, rows)
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_the_mean_over_all_learned_tokens():
   """Of batches of unequal weight, against the logits themselves."""
   model, params, tokenizer = tiny.loaded()
@@ -125,6 +126,7 @@ def test_exact_match_counts_right_and_wellformed_answers(monkeypatch):
     assert (model, params, count, stop) == ('model', 'params', 7, [tiny.EOS])
 
 
+@pytest.mark.slow
 def test_answers_of_a_beam_search():
   model, params, tokenizer = tiny.loaded(tied=False)
   rows = [Row({'prompt': f'{n}+1=', 'completion': '2'}) for n in range(4)]

@@ -8,6 +8,7 @@ import large
 import numpy as np
 import pytest
 import tiny
+from tiny import quick_compiles  # noqa: F401
 
 from qdora_jax import (
   AdapterSpec,
@@ -63,7 +64,7 @@ def relative(got: jax.Array, exact: jax.Array) -> float:
   ('tokens', 'double', 'block_size'),
   [
     (1, True, 64),
-    (1, False, 256),
+    pytest.param(1, False, 256, marks=pytest.mark.slow),
     pytest.param(1, True, 32, marks=pytest.mark.slow),
     (2, True, 64),
     pytest.param(16, False, 64, marks=pytest.mark.slow),
@@ -306,7 +307,10 @@ def test_what_is_not_finite_is_not_lost(interpreted):
   np.testing.assert_array_equal(product(0 * x, q), 0)
 
 
-@pytest.mark.parametrize(('method', 'rank'), [('lora', 8), ('dora', 12)])
+@pytest.mark.parametrize(
+  ('method', 'rank'),
+  [pytest.param('lora', 8, marks=pytest.mark.slow), ('dora', 12)],
+)
 def test_a_token_goes_through_base_and_adapter_at_once(
   interpreted, method, rank
 ):
@@ -347,7 +351,8 @@ def test_other_ranks_go_another_way(interpreted, rank):
   assert relative(linear(inputs(1), w), exact) < 6e-3
 
 
-@pytest.mark.parametrize('batch', [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('batch', [1, 3])
 def test_decoding_in_place_is_decoding_in_slices(monkeypatch, batch):
   """Kernels stay in their stacks, in every form that there is for them."""
   model = Decoder(large.TINY, jnp.bfloat16)

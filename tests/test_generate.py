@@ -61,6 +61,7 @@ def test_greedy_is_the_naive_loop(batch):
   assert got == [naive(model, params, p) for p in batch]
 
 
+@pytest.mark.slow
 def test_greedy_on_four_bits_is_the_naive_loop():
   """A frozen QDoRA; left-padded prompts say what each says alone."""
   model, params, _ = tiny.loaded(tied=False)

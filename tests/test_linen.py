@@ -128,6 +128,7 @@ def test_merged_is_attached(vit, method, quant):
   assert relative(got, plain) > 1e-2
 
 
+@pytest.mark.slow
 def test_it_learns(vit):
   _, params, images, layout = vit
   base = quantize(layout.kernels(params), QuantSpec(ALL, block_size=16))
@@ -300,6 +301,7 @@ class Scanned(nn.Module):
     return stack(name=self.called)(x, None)[0]
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan():
   model, x = Scanned('layers'), jnp.ones((2, 16))
   params = model.init(jax.random.key(0), x)['params']

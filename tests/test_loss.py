@@ -209,11 +209,10 @@ def test_a_frozen_head_gets_no_gradient():
   'name',
   [
     'all, tied',
-    'head beside an adapter',
     *(
       pytest.param(name, marks=pytest.mark.slow)
       for name in CASES
-      if name not in ('all, tied', 'head beside an adapter')
+      if name != 'all, tied'
     ),
   ],
 )
@@ -239,6 +238,7 @@ def test_eight_devices_are_one(name, monkeypatch):
     assert tiny.relative(a, b) <= 1e-5
 
 
+@pytest.mark.slow
 def test_dropout_of_the_head_differs_by_row_on_a_mesh_too():
   model, params, _ = tiny.loaded(tied=False)
   spec = AdapterSpec('lora', rank=4, targets=HEAD, dropout=0.5)
@@ -293,6 +293,7 @@ def test_dropout_of_the_head_differs_by_chunk(dropout):
     np.testing.assert_allclose(grads, np.broadcast_to(grads[:1], grads.shape))
 
 
+@pytest.mark.slow
 def test_a_head_trained_in_sixteen_bits_on_a_mesh():
   """Sums over devices are float32: XLA's CPU ends the process over others."""
   model, _, params = trained_parts('all, tied')

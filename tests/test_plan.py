@@ -234,6 +234,7 @@ def test_microbatches(method):
   assert plan(job).total == pytest.approx(whole, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_device_s_share_is_what_lies_on_it():
   """Under fsdp and tensor, against real arrays on eight devices."""
   job = job_of('qdora', 'block', 'wide', batch=8, data=1, fsdp=4, tensor=2)

@@ -86,7 +86,7 @@ def test_loftq_makes_up_for_what_quantizing_loses(scale):
   'init, method',
   [
     pytest.param('pissa', 'dora', marks=pytest.mark.slow),
-    ('olora', 'lora'),
+    pytest.param('olora', 'lora', marks=pytest.mark.slow),
     ('loftq', 'dora'),
   ],
 )
@@ -132,6 +132,7 @@ def test_without_its_start_it_is_not_saved(source, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.slow
 def test_over_four_bits_base_and_adapter_go_together(source, tmp_path):
   spec = AdapterSpec(rank=8, init='loftq')
   model, base, _, adapter = load_pretrained(

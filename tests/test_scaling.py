@@ -73,6 +73,7 @@ def test_the_scale_is_halved_and_doubled(monkeypatch):
   assert scaling.after(most, jnp.bool_(True)) == (2.0**127, 0)
 
 
+@pytest.mark.slow
 def test_a_scale_changes_no_bit_where_nothing_overflows(half, steps):
   """In float32."""
   _, base, adapter = half

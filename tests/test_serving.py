@@ -36,6 +36,7 @@ def several():
   return model, base, [tiny.perturbed(a, n) for n, a in enumerate(made)]
 
 
+@pytest.mark.slow
 def test_each_row_goes_through_its_adapter(several):
   model, base, adapters = several
   tokens = np.random.RandomState(0).randint(3, 256, (len(ROWS), 8))

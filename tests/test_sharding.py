@@ -223,6 +223,7 @@ def test_what_is_together_is_not_gathered():
   assert where(fsdp=4, tensor=2) == ('tensor', None)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_loaded_onto_the_mesh(tmp_path):
   folder = tiny.write_model(tmp_path)
   _, base, _, adapter = load_pretrained(folder, QuantSpec(), AdapterSpec())

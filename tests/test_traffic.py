@@ -112,9 +112,8 @@ def _arrays(program):
   }
 
 
-@pytest.mark.parametrize(
-  'method', ['dora', pytest.param('full', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['dora', 'full'])
 def test_activations_stay_where_their_rows_are(method):
   """No sum of partial products: only the embedding's rows change places."""
   quant = QuantSpec() if method == 'dora' else None

@@ -120,13 +120,14 @@ def test_a_step_learns_moves_the_trained_tree_alone_and_traces_once(
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'quant, method',
   [
-    pytest.param('none', 'none', marks=pytest.mark.slow),
+    ('none', 'none'),
     ('nf4', 'dora'),
-    pytest.param('nf4', 'lora', marks=tiny.AGAIN),
-    pytest.param('none', 'magnitude', marks=pytest.mark.slow),
+    pytest.param('nf4', 'lora', marks=pytest.mark.exhaustive),
+    ('none', 'magnitude'),
   ],
 )
 def test_one_batch_of_eight_is_four_of_two(quant, method):
@@ -291,6 +292,7 @@ def fit(steps=4, data=None, quant='nf4', method='dora', **options):
   return train.fit(model, base, adapter, data, steps=steps, **options)
 
 
+@pytest.mark.slow
 def test_fit_takes_plain_values_and_any_iterable():
   """A generator of batches, and a tree that is the caller's afterwards."""
   model, base, _ = tiny.loaded(quant=QuantSpec())

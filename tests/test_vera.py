@@ -120,6 +120,7 @@ def test_it_learns(made):
   assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_for_others_it_is_a_lora(made, tmp_path):
   source = tiny.write(tmp_path / 'source')
   model, base, adapter = made
@@ -134,6 +135,7 @@ def test_for_others_it_is_a_lora(made, tmp_path):
   assert ours.relative(got, want) <= 1e-5
 
 
+@pytest.mark.slow
 def test_folded_it_has_no_scale_of_its_own():
   model, base, _ = tiny.loaded(quant=QuantSpec())
   spec = AdapterSpec('vera', rank=16, rslora=True, alpha_pattern={'.*': 64.0})
