@@ -239,14 +239,33 @@ def absmax(q: NF4Array) -> jax.Array:
   """The scales of q's blocks, f32 [..., I/block_size, O], decompressed."""
   if q.nested is None:
     return q.absmax
-  ib, o = q.absmax.shape[-2:]
   units = jnp.asarray(DYNAMIC_MAP)[q.absmax]
-  which = (jnp.arange(o)[None] * ib + jnp.arange(ib)[:, None]) // NESTED_BLOCK
-  nested = q.nested.at[..., which].get(mode='promise_in_bounds')
+  shape = q.absmax.shape[-2:]
+  # XLA spreads them within its loop over weights. A GPU is spared a kernel by
+  # it; a CPU is faster with scales that are there, as a gather's are.
+  nested = jax.lax.platform_dependent(
+    q.nested,
+    cpu=functools.partial(_looked_up, shape),
+    default=functools.partial(_spread, shape),
+  )
   # Rounded twice, as bitsandbytes does. A plain sum would be contracted to one
   # multiply-add (XLA drops barriers and reduce_precision first); the minimum
   # changes no value, since units <= 1, and stands between the two.
   return jnp.minimum(units * nested, nested) + q.offset[..., None, None]
+
+
+def _spread(shape: tuple[int, int], nested: jax.Array) -> jax.Array:
+  """The nested scale of each of absmax's codes, f32 [..., I/block_size, O]."""
+  *lead, _ = nested.shape
+  each = jnp.repeat(nested, NESTED_BLOCK, axis=-1)[..., : np.prod(shape)]
+  return jnp.swapaxes(each.reshape(*lead, *shape[::-1]), -1, -2)
+
+
+def _looked_up(shape: tuple[int, int], nested: jax.Array) -> jax.Array:
+  """`_spread` by a gather."""
+  ib, o = shape
+  number = jnp.arange(o)[None] * ib + jnp.arange(ib)[:, None]
+  return nested.at[..., number // NESTED_BLOCK].get(mode='promise_in_bounds')
 
 
 @functools.partial(jax.jit, static_argnames='dtype', inline=True)

@@ -131,3 +131,12 @@ def test_weights_that_are_not_finite_are_refused_while_loading():
   w[3, 2] = np.nan
   with pytest.raises(ValueError, match='not finite'):
     nf4.quantize_host(w)
+
+
+@pytest.mark.parametrize('shape', [(9, 31), (4, 64), (2, 3, 9, 96), (1, 300)])
+def test_a_gpu_spreads_scales_of_scales_as_a_cpu_looks_them_up(shape):
+  *lead, ib, o = shape
+  nested = jax.random.normal(jax.random.key(0), (*lead, -(-ib * o // 256)))
+  spread, found = (f((ib, o), nested) for f in (nf4._spread, nf4._looked_up))
+  assert spread.shape == shape
+  np.testing.assert_array_equal(spread, found)
