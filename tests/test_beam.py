@@ -38,6 +38,7 @@ def test_one_beam_is_greedy(name):
   assert got == generate(model, params, batch, COUNT, stop=stop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stops', [0, 1, 2])
 @pytest.mark.parametrize('length_penalty', [0.0, 1.0, 2.0])
 def test_as_many_beams_as_words_find_the_likeliest_pair(stops, length_penalty):

@@ -363,6 +363,7 @@ def test_the_length_of_pretraining(name, beside, inside, want):
   assert turn.amplitude == pytest.approx(np.sqrt(stretched), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_window_hides_what_lies_before_it(tmp_path):
   """Decoding from a cache is the full pass, beyond windows and LongRoPE too."""
   for name in ('gemma2', 'phi3'):

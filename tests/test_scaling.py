@@ -88,6 +88,7 @@ def test_a_scale_changes_no_bit_where_nothing_overflows(half, steps):
   tiny.assert_same(results[1], results[0])
 
 
+@pytest.mark.slow
 def test_float16_follows_float32_and_an_overflow_only_lowers_the_scale(
   half, fit
 ):
