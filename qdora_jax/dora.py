@@ -194,13 +194,12 @@ def apply(
     rows = norm_rows(w)
     atw = products(*rows)[0] if rows else None
     b = None if w.lora_b is None else w.scale * w.lora_b
-    g = gain(_never_zero(w.magnitude), _length(w, atw, dense), w.scale)
-    return joined(x, x, w.lora_a, b, g)
+    return joined(x, x, w.lora_a, b, _own_gain(w, atw, dense))
   rows = (x,) if dropped is x else (x, dropped)
   outs = products(*rows, *norm_rows(w))
   turned = outs[len(rows) - 1]
   atw = outs[-1] if norm_rows(w) else None
-  g = gain(_never_zero(w.magnitude), _length(w, atw, dense), w.scale)
+  g = _own_gain(w, atw, dense)
   if w.lora_a is not None:
     turned += lora.correction(dropped, w)
   turned = checkpoint_name(turned, name)
@@ -210,11 +209,12 @@ def apply(
   return (left_out + _wide(g, turned) * turned).astype(x.dtype)
 
 
-def _never_zero(magnitude: jax.Array) -> jax.Array:
-  """m, but too small to be seen where it is 0: see `_times`."""
-  return magnitude + jax.lax.stop_gradient(
-    jnp.where(magnitude == 0, 2.0**-60, 0)
-  )
+def _own_gain(
+  w: DoraWeight, atw_RxO: jax.Array | None, dense: Callable[[], jax.Array]
+) -> jax.Array:
+  """`gain`, but too small to be seen where m is 0: see `_times`."""
+  stand_in = jax.lax.stop_gradient(jnp.where(w.magnitude == 0, 2.0**-60, 0))
+  return gain(w.magnitude + stand_in, _length(w, atw_RxO, dense), w.scale)
 
 
 @jax.custom_vjp
@@ -224,7 +224,7 @@ def _times(g_O: jax.Array, turned: jax.Array) -> jax.Array:
   Its derivative multiplies what comes back by g, as the products that it goes
   to want it, and finds g's own gradient of that: sum(g d_y turned) / g. So d_y
   itself, which automatic differentiation sums, need never be in memory. A g of
-  0 would get none: there V has no length, `_never_zero` sees to that.
+  0 would get none: there V has no length, `_own_gain` sees to that.
   """
   return _wide(g_O, turned) * turned
 

@@ -166,9 +166,8 @@ def workspace(job: Job) -> int:
   method = 'dora' if dora else 'lora' if adapted else 'full'
   remat = 'block' if job.remat == 'offload' else job.remat
   dropped = adapted and job.adapter.dropout
-  f32, narrow = _WIDE['dora with dropout' if dora and dropped else method][
-    remat
-  ]
+  kind = 'dora with dropout' if dora and dropped else method
+  f32, narrow = _WIDE[kind][remat]
   together = adapted and job.width == 2 and job.backend != 'cpu'
   if together and not (dora and dropped):
     f32, narrow = 0, _NARROW_WIDE[method][remat]

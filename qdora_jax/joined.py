@@ -17,7 +17,8 @@ The derivative is written out. A packed weight is all that is kept of W; what
 comes back is rounded to 16 bits once; and g's gradient is found of the output,
 sum(dy y) / g, where automatic differentiation would keep the unscaled product.
 (Where g is 0 that says nothing, and nothing is to be said: dora.py gives 0 only
-where W has no length, and no gradient either.)
+where W has no length, and no gradient either. What stands in for a magnitude of
+0 is 0 in float16, so that there it does not move.)
 
 On a CPU XLA multiplies 16 bits as float32 anyway, and laying factors side by
 side made a step 1.2 times as long: it keeps the two products.
